@@ -1,0 +1,1 @@
+"""Trajectories to scales: statistics, range methods, partitions."""

@@ -1,0 +1,1 @@
+"""The sampling loop: numpy and an engine, nothing else."""
