@@ -1,5 +1,78 @@
-"""quantempo: diffusion models compiled to quantized bundles with activation scales per timestep group."""
+"""quantempo: diffusion models compiled to quantized bundles with activation scales per timestep group.
+
+import quantempo
+quantempo.compile("path/to/pipeline", "bundle", quantempo.Recipe())
+images = quantempo.load("bundle")(class_labels=[7], num_inference_steps=20, seed=0).images
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from quantempo.pipeline import CompileSummary
+    from quantempo.recipe import Recipe
+    from quantempo.runtime.session import Session
+
 __version__ = "0.1.0"
+__all__ = ["Recipe", "__version__", "compile", "load"]
+
+
+def load(
+    path: str | Path,
+    engine: str = "ort",
+    threads: int = 0,
+    dialect: str | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Session:
+    """Open a bundle as a pipeline that takes the call arguments of diffusers.
+
+    Args:
+        path: bundle directory; every file is verified before anything is opened.
+        engine: backend name, e.g. `ort`.
+        threads: engine threads; 0 lets the engine choose.
+        dialect: which graphs of the bundle; `None` takes what suits the engine.
+        settings: engine-specific strings.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        MissingExtra: the engine is not installed.
+    """
+    from quantempo.contracts.engine import EngineOptions
+    from quantempo.engines.registry import open_engine
+    from quantempo.runtime.session import Session
+
+    options = EngineOptions(threads=threads, settings=dict(settings or {}))
+    return Session.open(path, lambda graph, given: open_engine(engine, graph, given), options, dialect)
+
+
+def compile(model: Any, out: str | Path, recipe: Recipe | None = None, **options: Any) -> CompileSummary:
+    """Compile a model to a bundle; see `quantempo.pipeline.compile_model` for the options.
+
+    Args:
+        model: a model directory, or a diffusers pipeline (which is saved to a temporary directory first).
+        out: the bundle to be.
+        recipe: settings.
+        options: `scheduler`, `plan_file`, `arrays`, `overwrite`, `progress`.
+    """
+    import tempfile
+    from pathlib import Path as FilePath
+
+    from quantempo.pipeline import compile_model
+
+    if not hasattr(model, "save_pretrained"):
+        return compile_model(model, out, recipe, **options)
+    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+        model.save_pretrained(folder, safe_serialization=True)
+        return compile_model(FilePath(folder), out, recipe, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Recipe":
+        from quantempo.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module 'quantempo' has no attribute {name!r}")

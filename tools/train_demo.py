@@ -13,6 +13,7 @@ Data: 1797 grey digits of 8×8 pixels, enlarged to 32×32, each in 16 slightly r
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -316,9 +317,11 @@ def export(work: Path) -> None:
     dit = DiTTransformer2DModel(**DIT_CONFIG)
     dit.load_state_dict(load_file(work / "dit" / "model.safetensors"))
     vae = AutoencoderKL.from_pretrained(work / "vae" / "model")
-    names = {i: str(i) for i in range(10)}
-    pipe = DiTPipeline(dit.half(), vae.half(), scheduler, id2label=names)
-    pipe.save_pretrained(DIT_DIR)
+    DiTPipeline(dit.half(), vae.half(), scheduler).save_pretrained(DIT_DIR)
+    # The published DiT pipelines carry their label names in the index; `save_pretrained` leaves them out.
+    index = json.loads((DIT_DIR / "model_index.json").read_text())
+    index["id2label"] = {str(digit): str(digit) for digit in range(10)}
+    (DIT_DIR / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     unet = UNet2DModel(**UNET_CONFIG)
     unet.load_state_dict(load_file(work / "unet" / "model.safetensors"))
     unet.half().save_pretrained(UNET_DIR / "unet")
@@ -342,7 +345,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps (default: vae 1500, judge 1200, dit 6000, unet 4000)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    trainers = {"vae": (train_vae, 1500), "judge": (train_judge, 1200), "dit": (train_dit, 6000), "unet": (train_unet, 4000)}
+    trainers = {
+        "vae": (train_vae, 1500),
+        "judge": (train_judge, 1200),
+        "dit": (train_dit, 6000),
+        "unet": (train_unet, 4000),
+    }
     for what in args.what:
         if what == "export":
             export(args.work)

@@ -78,13 +78,20 @@ def _decode(hint: Any, data: Any, where: str) -> Any:
         return data
     if origin is tuple:
         return _decode_tuple(typing.get_args(hint), data, where)
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(data, dict):
-            raise _wrong(where, data, "an object")
-        value_hint = typing.get_args(hint)[1]
-        return {key: _decode(value_hint, item, f"{where}.{key}") for key, item in data.items()}
+    if origin is not None:
+        return _decode_mapping(typing.get_args(hint)[1], data, where)
     if dataclasses.is_dataclass(hint):
         return _decode_dataclass(typing.cast(type, hint), data, where)
+    return _decode_scalar(hint, data, where)
+
+
+def _decode_mapping(value_hint: Any, data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise _wrong(where, data, "an object")
+    return {key: _decode(value_hint, item, f"{where}.{key}") for key, item in data.items()}
+
+
+def _decode_scalar(hint: type, data: Any, where: str) -> Any:
     if hint is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):

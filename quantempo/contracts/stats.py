@@ -1,7 +1,7 @@
 """Mergeable statistics of one tensor.
 
-The histogram’s bins are absolute: bin `i` covers `[i·2^e, (i+1)·2^e)`.  `e` is the smallest exponent at which the
-data’s range fits `BINS` bins, so it follows from minimum and maximum alone; coarsening (`i → i >> 1`) loses only
+The histogram's bins are absolute: bin `i` covers `[i·2^e, (i+1)·2^e)`.  `e` is the smallest exponent at which the
+data's range fits `BINS` bins, so it follows from minimum and maximum alone; coarsening (`i → i >> 1`) loses only
 resolution.  Merging is therefore associative and independent of order, to the last bit of the counts.
 """
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 BINS = 512
 MIN_EXPONENT = -60
+CHUNK = 32768
+DOT = 8192
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,29 @@ class TensorStats:
 
     @staticmethod
     def of(values: NDArray[np.float32]) -> TensorStats:
-        """Statistics of an array; all values must be finite and there must be at least one."""
+        """Statistics of an array.
+
+        One pass for the range and one for the rest, in chunks that stay in the second-level cache, because this runs
+        on every tapped tensor of every denoiser call.  Sums are taken chunk by chunk, so that equal arrays give equal
+        bits whatever the number of threads.
+
+        Args:
+            values: any shape, at least one value; converted to float32.
+
+        Raises:
+            ValueError: a value is not finite, or there is none.
+        """
         flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        if not flat.size:
+            raise ValueError("values must not be empty")
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("values must be finite")
         exponent = bin_exponent(low, high)
         first = math.floor(math.ldexp(low, -exponent))
-        # Scaling by a power of two is exact in float32 (subnormals apart), so the index is that of the exact value.
-        index = np.floor(flat * np.float32(math.ldexp(1.0, -exponent))).astype(np.int32)
-        counts = np.bincount(index - first, minlength=1).astype(np.uint64)
-        wide = flat.astype(np.float64)
-        return TensorStats(flat.size, low, high, float(wide.sum()), float(wide @ wide), exponent, first, counts)
+        bins = math.floor(math.ldexp(high, -exponent)) - first + 1
+        counts, total, total_square = _reduce(flat, exponent, first, bins)
+        return TensorStats(flat.size, low, high, total, total_square, exponent, first, counts)
 
     def merge(self, other: TensorStats) -> TensorStats:
         """Statistics of both sets of values together."""
@@ -72,8 +85,7 @@ class TensorStats:
         last = math.floor(math.ldexp(high, -exponent))
         counts = np.zeros(last - first + 1, np.uint64)
         for part in (self, other):
-            index = (np.arange(len(part.counts), dtype=np.int64) + part.first) >> (exponent - part.exponent)
-            np.add.at(counts, index - first, part.counts)
+            _add_coarsened(counts, first, part, exponent)
         return TensorStats(
             self.count + other.count, low, high, self.total + other.total, self.total_square + other.total_square,
             exponent, first, counts,
@@ -89,6 +101,48 @@ class TensorStats:
     def width(self) -> float:
         """Width of a bin."""
         return math.ldexp(1.0, self.exponent)
+
+
+def _reduce(
+    flat: NDArray[np.float32], exponent: int, first: int, bins: int
+) -> tuple[NDArray[np.uint64], float, float]:
+    """Counts, sum and sum of squares of a flat array whose bin indices are known to be `first .. first + bins - 1`."""
+    size = min(CHUNK, flat.size)
+    scaled, index32, index = np.empty(size, np.float32), np.empty(size, np.int32), np.empty(size, np.int64)
+    wide = index.view(np.float64)  # one memory for both: each is done before the other begins
+    inverse, origin = np.float32(math.ldexp(1.0, -exponent)), np.float32(first)
+    counts = np.zeros(bins, np.int64)
+    total = total_square = 0.0
+    for start in range(0, flat.size, size):
+        chunk = flat[start : start + size]
+        if len(chunk) < size:
+            n = len(chunk)
+            scaled, index32, index, wide = scaled[:n], index32[:n], index[:n], wide[:n]
+        # Scaling by a power of two is exact in float32 (subnormals apart), and so is the difference of two whole
+        # numbers less than BINS apart: the index is that of the exact value.
+        np.multiply(chunk, inverse, out=scaled)
+        np.floor(scaled, out=scaled)
+        np.subtract(scaled, origin, out=scaled)
+        # Two vectorised conversions take half the time of float32 to int64 at once.
+        np.copyto(index32, scaled, casting="unsafe")
+        np.copyto(index, index32)
+        counts += np.bincount(index, minlength=bins)
+        np.copyto(wide, chunk)
+        total += float(wide.sum())
+        for part in range(0, len(wide), DOT):
+            total_square += float(wide[part : part + DOT] @ wide[part : part + DOT])
+    return counts.astype(np.uint64), total, total_square
+
+
+def _add_coarsened(counts: NDArray[np.uint64], first: int, part: TensorStats, exponent: int) -> None:
+    """Add the counts of `part` to `counts`, whose bins have the width `2 ** exponent` and start at index `first`."""
+    shift = exponent - part.exponent
+    if shift == 0:
+        at = part.first - first
+        counts[at : at + len(part.counts)] += part.counts
+        return
+    index = (np.arange(len(part.counts), dtype=np.int64) + part.first) >> shift
+    np.add.at(counts, index - first, part.counts)
 
 
 def bin_exponent(low: float, high: float) -> int:

@@ -1,0 +1,33 @@
+# `make demo` and `make test` set everything up on a fresh machine, in their own `.venv`.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: demo test lint test-full bench clean
+
+$(STAMP): pyproject.toml setup.py tools/setup_environment.py
+	$(PYTHON) tools/setup_environment.py .venv
+	touch $(STAMP)
+
+demo: $(STAMP)
+	.venv/bin/quantempo demo -o build/demo --overwrite
+
+lint: $(STAMP)
+	$(PY) tools/link_tree.py
+	$(PY) -m ruff check .
+	$(PY) tools/check_types.py
+
+test: lint
+	$(PY) -m pytest tests -m "not full"
+
+# Long sweeps: write their results as JSON under docs/, then the pages that are made from them.
+test-full: lint
+	$(PY) -m pytest tests
+	$(PY) tools/scheduler_sweep.py
+	$(PY) benchmarks/quality.py --json docs/quality.json
+	$(PY) benchmarks/int8_speed.py --json docs/speed.json
+	$(PY) benchmarks/loop_overhead.py --json docs/loop_overhead.json
+	$(PY) tools/benchmark_page.py
+
+clean:
+	rm -rf build .typing .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,228 @@
+"""ONNX Runtime on the CPU.
+
+Buffers are numpy arrays that ONNX Runtime reads and writes in place: `OrtValue.ortvalue_from_numpy` wraps host memory
+without a copy and keeps it alive.  A binding is bound once; a call is one `run_with_iobinding`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantempo.contracts.engine import Buffer, EngineOptions, dtype_of
+from quantempo.contracts.tensors import TensorSpec
+from quantempo.engines import onnx_file
+from quantempo.engines.host import HostBuffer, HostEngine, aligned_zeros, allocate
+from quantempo.errors import EngineError, MissingExtra, UnsafePath, nearest
+
+_TYPES = {
+    "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
+    "tensor(int32)": "int32", "tensor(int16)": "int16", "tensor(int8)": "int8", "tensor(uint8)": "uint8",
+    "tensor(uint16)": "uint16", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64", "tensor(bool)": "bool",
+}
+_LEVELS = {
+    "all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL",
+}
+_SWITCH = {"on": "0", "off": "1"}
+SETTINGS = {
+    "optimization": tuple(_LEVELS),
+    "prepacking": tuple(_SWITCH),
+    "spinning": ("on", "off"),
+}
+"""What `EngineOptions.settings` may hold, and the values: graph optimization level, packing of weights at load (faster,
+one more copy in memory), and whether idle threads spin (faster, but they burn a core)."""
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("engine 'ort'", package="onnxruntime", extra="cpu") from error
+    return onnxruntime
+
+
+def open_engine(graph: Path, options: EngineOptions) -> OrtEngine:
+    """Open an ONNX file.
+
+    Extra outputs need no second file: the changed graph is handed over as bytes, and weight files are looked up in
+    the folder of the original.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the graph (in its own words), or an option is unknown.
+        UnsafePath: the graph refers to weights outside its folder, or through a link.
+        MissingExtra: onnxruntime is not installed.
+    """
+    ort = _onnxruntime()
+    if not graph.is_file():
+        raise EngineError(
+            f"{graph}", found="no such file", wanted="an ONNX graph file", cause="a wrong path",
+            remedy="look at the path again",
+        )
+    _check_data(graph)
+    session_options = _session_options(ort, graph, options)
+    return OrtEngine(graph, _session(ort, graph, options, session_options))
+
+
+def executed_operators(graph: Path, options: EngineOptions | None = None) -> Counter[str]:
+    """The operators that ONNX Runtime really runs, counted in the graph that it saves after its optimizations.
+
+    Contrib operators are written `com.microsoft.Type`.
+
+    Raises:
+        EngineError: as `open_engine`.
+    """
+    ort = _onnxruntime()
+    options = options or EngineOptions()
+    _check_data(graph)
+    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+        session_options = _session_options(ort, graph, options)
+        saved = Path(folder) / "optimized.onnx"
+        session_options.optimized_model_filepath = str(saved)
+        # Weights go to a file of their own, so that a model above protobuf's 2 GiB can be saved too.
+        session_options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "w.bin")
+        session_options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        )
+        _session(ort, graph, options, session_options)
+        return onnx_file.operators(saved)
+
+
+def _check_data(graph: Path) -> None:
+    for name in onnx_file.external_files(graph):
+        # Each folder on the way counts: a link to a folder leaves the bundle as well as a link to a file.
+        steps = [graph.parent.joinpath(*Path(name).parts[: i + 1]) for i in range(len(Path(name).parts))]
+        if any(step.is_symlink() for step in steps):
+            raise UnsafePath(
+                f"{graph.name}: external data", found=f"{name!r} is a link", wanted="a plain file",
+                cause="the folder was put together by hand", remedy="copy the file to where the link is",
+            )
+        if not steps[-1].is_file():
+            raise EngineError(
+                f"{graph.name}: external data", found=f"no file {name!r}", wanted=f"it next to {graph.name}",
+                cause="the graph was copied without its weights", remedy="copy the weight file as well",
+            )
+
+
+def _session_options(ort: Any, graph: Path, options: EngineOptions) -> Any:
+    made = ort.SessionOptions()
+    settings = {"optimization": "all", "prepacking": "on", "spinning": "on", **options.settings}
+    for key, value in settings.items():
+        if key not in SETTINGS or value not in SETTINGS[key]:
+            legal = SETTINGS.get(key, tuple(SETTINGS))
+            raise EngineError(
+                f"{graph.name}: settings", found=f"{key}={value}", wanted=f"one of {', '.join(legal)}",
+                cause="a setting of another engine, or a misspelling",
+                remedy=nearest(value if key in SETTINGS else key, legal),
+            )
+    made.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[settings["optimization"]])
+    made.add_session_config_entry("session.disable_prepacking", _SWITCH[settings["prepacking"]])
+    made.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings["spinning"] == "on" else "0")
+    made.intra_op_num_threads = options.threads
+    made.inter_op_num_threads = 1
+    made.log_severity_level = 3  # errors only: they come back as exceptions with the same words
+    return made
+
+
+def _session(ort: Any, graph: Path, options: EngineOptions, session_options: Any) -> Any:
+    source: str | bytes = str(graph)
+    if options.extra_outputs:
+        source = onnx_file.with_outputs(graph, options.extra_outputs)
+        session_options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(graph.parent.resolve())
+        )
+    try:
+        return ort.InferenceSession(source, session_options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
+        raise _refusal(f"ort {graph.name}", "a graph that ONNX Runtime opens", error) from error
+
+
+def _refusal(where: str, wanted: str, error: Exception) -> EngineError:
+    """An `EngineError` that quotes ONNX Runtime's own words."""
+    return EngineError(
+        where, found=f"{type(error).__name__}: {' '.join(str(error).split())}", wanted=wanted,
+        cause="the graph and this version of ONNX Runtime do not fit, or the inputs are out of range",
+        remedy="look at the message above; `pip list` shows the version of onnxruntime",
+    )
+
+
+def _spec(where: str, node: Any) -> TensorSpec:
+    if node.type not in _TYPES:
+        raise EngineError(
+            f"{where}: tensor {node.name!r}", found=f"type {node.type}", wanted=f"one of {', '.join(_TYPES.values())}",
+            cause="numpy has no such type", remedy="cast to float32 inside the graph",
+        )
+    # An unnamed dimension gets a name of its own, so that it never equals another one by accident.
+    shape = tuple(d if isinstance(d, (int, str)) else f"{node.name}.{i}" for i, d in enumerate(node.shape))
+    return TensorSpec(node.name, _TYPES[node.type], shape)
+
+
+class OrtEngine(HostEngine):
+    """An ONNX graph opened by ONNX Runtime's CPU provider."""
+
+    def __init__(self, graph: Path, session: Any) -> None:
+        name = f"ort {graph.name}"
+        super().__init__(
+            name,
+            {node.name: _spec(name, node) for node in session.get_inputs()},
+            {node.name: _spec(name, node) for node in session.get_outputs()},
+        )
+        self._session = session
+
+    def bind(self, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None = None) -> OrtBinding:
+        """See `quantempo.contracts.engine.Engine.bind`."""
+        self._check_bind(sizes, share)
+        return OrtBinding(self, sizes, share)
+
+    def _release(self) -> None:
+        self._session = None
+
+
+class OrtBinding:
+    """Memory for one set of shapes, bound once.
+
+    Where an output's shape does not follow from the inputs' symbols (inner tensors as extra outputs), the graph runs
+    once on zeros to learn it.
+    """
+
+    def __init__(self, engine: OrtEngine, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None) -> None:
+        self._engine = engine
+        self._ort = _onnxruntime()
+        self._io = engine._session.io_binding()
+        inputs = allocate(engine.name, engine.inputs, sizes, share)
+        self._values = {name: self._ort.OrtValue.ortvalue_from_numpy(b.memory) for name, b in inputs.items()}
+        for name, value in self._values.items():
+            self._io.bind_ortvalue_input(name, value)
+        known = {n: s for n, s in engine.outputs.items() if all(isinstance(d, int) or d in sizes for d in s.shape)}
+        outputs = allocate(engine.name, known, sizes, share)
+        if len(known) < len(engine.outputs):
+            outputs = {**outputs, **self._learn(engine, [n for n in engine.outputs if n not in known])}
+        for name in engine.outputs:
+            self._values[name] = self._ort.OrtValue.ortvalue_from_numpy(outputs[name].memory)
+            self._io.bind_ortvalue_output(name, self._values[name])
+        self.inputs: Mapping[str, Buffer] = dict(inputs)
+        self.outputs: Mapping[str, Buffer] = {name: outputs[name] for name in engine.outputs}
+
+    def _learn(self, engine: OrtEngine, names: list[str]) -> dict[str, HostBuffer]:
+        feeds = {name: np.zeros(self._values[name].shape(), dtype_of(s)) for name, s in engine.inputs.items()}
+        try:
+            arrays = engine._session.run(names, feeds)
+        except Exception as error:
+            wanted = "a graph that runs on zeros, to learn the shapes of its extra outputs"
+            raise _refusal(engine.name, wanted, error) from error
+        return {
+            name: HostBuffer(engine.outputs[name], aligned_zeros(a.shape, a.dtype), engine.name)
+            for name, a in zip(names, arrays, strict=True)
+        }
+
+    def run(self) -> None:
+        """Evaluate once, in place."""
+        self._engine._check_open()
+        try:
+            self._engine._session.run_with_iobinding(self._io)
+        except Exception as error:
+            raise _refusal(self._engine.name, "inputs that the graph can compute", error) from error

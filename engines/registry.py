@@ -1,0 +1,72 @@
+"""Backends by name.  A new backend is one file in this folder and one line in the table below."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantempo.contracts.engine import Engine, EngineOptions
+from quantempo.errors import EngineError, MissingExtra, nearest
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a backend lives.
+
+    Args:
+        module: has a function `open_engine(graph, options)`.
+        package: the library that must be importable; `None` where none is needed.
+        extra: the extra of quantempo that installs it.
+    """
+
+    module: str
+    package: str | None = None
+    extra: str = ""
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library can be imported (it is not imported to find out)."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+_BACKENDS = {
+    "echo": Backend("quantempo.engines.echo"),
+    "openvino": Backend("quantempo.engines.openvino", "openvino", "openvino"),
+    "ort": Backend("quantempo.engines.ort", "onnxruntime", "cpu"),
+}
+
+
+def backends() -> tuple[str, ...]:
+    """All backend names, installed or not."""
+    return tuple(sorted(_BACKENDS))
+
+
+def installed_backends() -> tuple[str, ...]:
+    """The backends whose library is there."""
+    return tuple(name for name in backends() if _BACKENDS[name].installed)
+
+
+def open_engine(backend: str, graph: Path, options: EngineOptions | None = None) -> Engine:
+    """Open a graph file with a backend.
+
+    Args:
+        backend: a name among `backends()`.
+        graph: the file; `.onnx`, or `.json` for `echo`.
+        options: see `EngineOptions`.
+
+    Raises:
+        EngineError: unknown backend, or the engine refuses the graph (with the engine's own words).
+        MissingExtra: the backend's library is not installed.
+    """
+    known = _BACKENDS.get(backend)
+    if known is None:
+        raise EngineError(
+            "engine", found=f"backend {backend!r}", wanted=f"one of {', '.join(backends())}",
+            cause="a misspelling, or a backend of a newer version", remedy=nearest(backend, backends()),
+        )
+    if not known.installed:
+        raise MissingExtra(f"engine {backend!r}", package=str(known.package), extra=known.extra)
+    engine: Engine = importlib.import_module(known.module).open_engine(Path(graph), options or EngineOptions())
+    return engine

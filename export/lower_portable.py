@@ -1,0 +1,195 @@
+"""The `portable` dialect: standard QDQ with constant symmetric scales, for TensorRT, TensorRT-RTX and OpenVINO.
+
+These compilers want a constant, symmetric `S8` scale; a scale that comes out of a table makes them fall back to float.
+So the change from group to group is moved out of the quantizer.  With `s_g`, `z_g` a tensor's scale and zero point in
+group `g`, `h = 2^(bits-1)` and the constant `s0 = min over g of s_g`:
+
+    r_g = s0 / s_g,   c_g = (z_g - h) · s0
+    q   = Q(x · r_g + c_g; s0)            the integers of the affine quantizer, minus h
+    y   = (DQ(q) @ W) / r_g - (c_g / r_g) · colsum(W) + b
+
+`r_g <= 1`, so no intermediate grows.  `colsum(W)` is taken over the dequantized weight: the correction is exact for the
+values that the product really uses.  A convolution's padding must stay exactly zero, so its quantizer is symmetric and
+`c_g = 0`; outputs are not quantized.  With one group or a symmetric quantizer the parts that do nothing are left out.
+
+Fewer than 8 activation bits are simulated: a `Clip` in front of the 8-bit quantizer, to `[-h · s0, (h - 1) · s0]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from quantempo.contracts.plan import QuantPlan
+from quantempo.contracts.table import ScaleTable
+from quantempo.export.lowering import ActivationKey, Lowering, LoweringOptions, PlacedSite, describe
+from quantempo.export.weights import QuantizedWeight, output_axis, weight_of
+
+
+def lower_portable(
+    model: ir.Model,
+    plan: QuantPlan,
+    table: ScaleTable,
+    weights: Mapping[str, QuantizedWeight] | None = None,
+    options: LoweringOptions | None = None,
+) -> ir.Model:
+    """The quantized graph in standard ONNX.
+
+    Args:
+        model: float graph in normal form; it is left as it is.
+        plan: what to quantize.
+        table: scales of exactly the plan's tensors.
+        weights: from `quantize_weights(model, plan)`; computed here where absent.  Pass them to share the bytes with
+            the other dialect.
+        options: see there.
+
+    Returns:
+        A new model with the further input `scale_group` (int64, shape `()`).
+
+    Raises:
+        NoSites: the plan quantizes nothing.
+        ScaleMissing: table and plan name different tensors.
+        PlanError: the plan does not fit the graph.
+    """
+    lowering = Lowering.start(model, plan, table, weights, options or LoweringOptions())
+    rescaled: dict[ActivationKey, _Rescaled] = {}
+    for place in lowering.places:
+        key = activation_key(place)
+        if key not in rescaled:
+            rescaled[key] = _quantize(lowering, place, key)
+        _product(lowering, place, rescaled[key])
+    outputs = {site.output for site in plan.quantized() if site.op == "conv"}
+    read = {key.tensor for key in rescaled}
+    return lowering.finish("portable", unused=outputs - read)
+
+
+def activation_key(place: PlacedSite) -> ActivationKey:
+    """The quantizer that a site reads its activation through; a convolution's is always symmetric."""
+    symmetric = place.settings.symmetric or place.site.op == "conv"
+    return ActivationKey(place.site.tensor, symmetric, place.settings.activation_bits)
+
+
+@dataclass(frozen=True, eq=False)
+class AffineForm:
+    """One tensor's quantizer with the groups moved out of it; arrays have the length `groups`.
+
+    Args:
+        base: `s0`.
+        shrink: `r_g`, rounded to float32 before the rest is derived from it, so that all parts agree.
+        offset: `c_g`.
+        grow: `1 / r_g`.
+        correction: `c_g / r_g`.
+    """
+
+    base: np.float32
+    shrink: NDArray[np.float32]
+    offset: NDArray[np.float32]
+    grow: NDArray[np.float32]
+    correction: NDArray[np.float32]
+
+    @staticmethod
+    def of(scale: NDArray[np.float32], zero_point: NDArray[np.int32], bits: int) -> AffineForm:
+        """The form of a quantizer with the given scale and zero point per group."""
+        base = np.float32(scale.min())
+        shrink = (base / scale.astype(np.float64)).astype(np.float32)
+        offset = ((zero_point - 2 ** (bits - 1)) * np.float64(base)).astype(np.float32)
+        exact = shrink.astype(np.float64)
+        return AffineForm(
+            base, shrink, offset, (1 / exact).astype(np.float32), (offset / exact).astype(np.float32)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Rescaled:
+    """A quantized and dequantized activation, and what undoes its rescaling; `None` where there is nothing to undo."""
+
+    value: ir.Value
+    grow: ir.Value | None
+    correction: ir.Value | None
+
+
+def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey) -> _Rescaled:
+    form = AffineForm.of(*lowering.scales(key), key.bits)
+    name = f"{key.tensor}.{'symmetric' if key.symmetric else 'affine'}{key.bits}"
+    here, shape = place.node, place.activation.shape
+    value = place.activation
+    state = _Rescaled(value, None, None)
+
+    def step(operator: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        result = lowering.node(here, operator, inputs, f"{name}.{suffix}")
+        describe(result, dtype, shape)
+        return result
+
+    if np.any(form.shrink != 1):
+        value = step("Mul", [value, lowering.lookup(f"{name}.shrink", form.shrink)], "shrunk")
+        state = replace(state, grow=lowering.lookup(f"{name}.grow", form.grow))
+    if np.any(form.offset != 0):
+        value = step("Add", [value, lowering.lookup(f"{name}.offset", form.offset)], "shifted")
+        state = replace(state, correction=lowering.lookup(f"{name}.correction", form.correction))
+    if lowering.options.quantization:
+        if key.bits < 8:
+            half = 2 ** (key.bits - 1)
+            low = lowering.constant(f"{name}.low", np.float32(-half * np.float64(form.base)))
+            high = lowering.constant(f"{name}.high", np.float32((half - 1) * np.float64(form.base)))
+            value = step("Clip", [value, low, high], "clipped")
+        scale = lowering.constant(f"{name}.scale", form.base)
+        zero = lowering.constant("activation.zero_point", np.int8(0))
+        value = step("QuantizeLinear", [value, scale, zero], "quantized", ir.DataType.INT8)
+        value = step("DequantizeLinear", [value, scale, zero], "dequantized")
+    return replace(state, value=value)
+
+
+def _product(lowering: Lowering, place: PlacedSite, activation: _Rescaled) -> None:
+    site, here = place.site, place.node
+    weight = place.node.inputs[1]
+    if lowering.options.quantization:
+        integers, scale = lowering.weight_constants(site)
+        weight = lowering.node(
+            here, "DequantizeLinear", [integers, scale], f"{site.output}.weight", axis=output_axis(site)
+        )
+        describe(weight, ir.DataType.FLOAT, integers.shape)
+    product = lowering.node(here, "MatMul" if site.op == "matmul" else "Conv", [activation.value, weight],
+                            f"{site.output}.product")
+    shape = here.outputs[0].shape
+    describe(product, ir.DataType.FLOAT, shape)
+    producer = product.producer()
+    assert producer is not None
+    for attribute in here.attributes.values():
+        producer.attributes.add(attribute)
+    result = product
+    if activation.grow is not None:
+        result = lowering.node(here, "Mul", [result, activation.grow], f"{site.output}.grown")
+        describe(result, ir.DataType.FLOAT, shape)
+    row = _row(lowering, place, activation) if site.op == "matmul" else None
+    if row is not None:
+        result = lowering.node(here, "Add", [result, row], f"{site.output}.biased")
+    # A convolution's bias, if any, stays the Add that it is.
+    lowering.replace(place, result, bias_included=row is not None)
+
+
+def _row(lowering: Lowering, place: PlacedSite, activation: _Rescaled) -> ir.Value | None:
+    """`b - (c_g / r_g) · colsum(W)`, a row of `n` values; `None` where there is neither bias nor correction."""
+    site = place.site
+    # Of the product's rank: ONNX Runtime makes a Gemm of a product with a bias of rank 1, and on graphs of this opset
+    # its optimizer then trips over the quantizer in front of it ("output_dtype INT8 does not match").
+    shape = [1] * (site.rank - 1) + [site.n]
+    bias = None
+    if place.bias is not None:
+        assert place.bias.const_value is not None
+        bias = lowering.constant(f"{place.bias.name}.row", place.bias.const_value.numpy().reshape(shape))
+    if activation.correction is None:
+        return bias
+    if lowering.options.quantization:
+        sums = lowering.weights[site.weight].column_sums()
+    else:
+        sums = weight_of(lowering.model, site).sum(0, np.float64).astype(np.float32)
+    # Negated sums, so that a missing bias costs no further node.
+    column = lowering.constant(f"{site.weight}.minus_column_sums", -sums.reshape(shape))
+    row = lowering.node(place.node, "Mul", [column, activation.correction], f"{site.output}.correction")
+    if bias is not None:
+        row = lowering.node(place.node, "Add", [row, bias], f"{site.output}.bias")
+    return row

@@ -1,0 +1,223 @@
+"""Places to quantize, found in the graph by pattern, and the plan that quantizes them by default."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from quantempo.contracts.plan import Decision, Keep, Quantize, QuantPlan, Share, Site
+from quantempo.errors import NoSites, PlanError, nearest
+from quantempo.export.passes.edit import module_of, stored_shape
+from quantempo.export.passes.name_values import is_site
+
+SMALLEST = 16
+"""A product with fewer input or output channels gains nothing from integers on any engine."""
+EMBEDDERS = ("time_embedding", "timestep_embedder", "time_embed", "class_embedding", "class_embedder")
+SHAPERS = {"Reshape", "Transpose", "Slice", "Split", "Concat", "Identity", "Unsqueeze", "Squeeze", "Cast"}
+FIRST, LAST = "reads the model's input", "writes the model's output"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the default plan leaves in float, and how it quantizes the rest.
+
+    Args:
+        keep: module patterns (fnmatch, case-sensitive) to leave in float on top of the rules.
+        quantize: module patterns to quantize although a rule would leave them.
+        symmetric_convs: fix the zero point of convolutions (the portable dialect always does).
+        activation_bits, weight_bits: below 8 is simulated.
+        smallest: channels below which a product stays in float.
+    """
+
+    keep: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    symmetric_convs: bool = False
+    activation_bits: int = 8
+    weight_bits: int = 8
+    smallest: int = SMALLEST
+
+
+def find_sites(model: ir.Model, graph: str = "full") -> tuple[Site, ...]:
+    """Every MatMul and Conv with a stored weight, sorted by id.
+
+    Args:
+        model: a graph in normal form.
+        graph: name of the graph variant.
+    """
+    sites: list[Site] = []
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        if not is_site(node):
+            continue
+        module = module_of(node) or node.op_type.lower()
+        counts[module] += 1
+        sites.append(_site(node, module, counts[module], graph))
+    return tuple(sorted(sites, key=lambda site: site.id))
+
+
+def _site(node: ir.Node, module: str, count: int, graph: str) -> Site:
+    source, weight = node.inputs
+    assert source is not None
+    assert weight is not None
+    dims = stored_shape(weight)
+    if node.op_type == "Conv":
+        n, k = dims[0], 1
+        for size in dims[1:]:
+            k *= size
+    else:
+        k, n = dims
+    return Site(
+        id=module if count == 1 else f"{module}#{count}",
+        graph=graph,
+        op="conv" if node.op_type == "Conv" else "matmul",
+        tensor=str(source.name),
+        output=str(node.outputs[0].name),
+        weight=str(weight.name),
+        module=module,
+        k=k,
+        n=n,
+        rank=len(source.shape) if source.shape is not None else len(dims),
+    )
+
+
+def border_sites(model: ir.Model) -> Mapping[str, str]:
+    """Products that see the sample input, or the output, through data movement and a bias alone.
+
+    Returns:
+        by the product's value name, why it is special.
+    """
+    borders: dict[str, str] = {}
+    for first in _reach(model.graph.inputs[0], _after):
+        borders[str(first.outputs[0].name)] = FIRST
+    for last in _reach(model.graph.outputs[0], _before):
+        borders[str(last.outputs[0].name)] = LAST
+    return borders
+
+
+def _reach(start: ir.Value, step: Callable[[ir.Value], tuple[list[ir.Node], list[ir.Value]]]) -> list[ir.Node]:
+    """The sites next to a value; `step` returns the sites at a value and the values to look at next."""
+    found: list[ir.Node] = []
+    front, seen = [start], set[ir.Value]()
+    while front:
+        value = front.pop()
+        if value not in seen:
+            seen.add(value)
+            sites, onward = step(value)
+            found.extend(sites)
+            front.extend(onward)
+    return found
+
+
+def _after(value: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
+    users = [use.node for use in value.uses()]
+    moved = [output for user in users if user.op_type in SHAPERS for output in user.outputs]
+    return [user for user in users if is_site(user)], moved
+
+
+def _before(value: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
+    node = value.producer()
+    if node is None:
+        return [], []
+    if is_site(node):
+        return [node], []
+    computed = [v for v in node.inputs if v is not None and not v.is_initializer()]
+    moves = node.op_type in SHAPERS or (node.op_type == "Add" and len(computed) == 1)
+    return [], computed if moves else []
+
+
+def default_plan(
+    model: ir.Model, digest: str, options: PlanOptions | None = None, sites: Sequence[Site] | None = None
+) -> QuantPlan:
+    """Quantize every site but those that are known to be sensitive or too small to gain.
+
+    Rules, in order: a `keep` pattern; a `quantize` pattern; the layers next to input and output; timestep and class
+    embedders; fewer than `smallest` channels in or out.  A site that reads the same tensor as an earlier one shares
+    its scale.
+
+    Args:
+        model: a graph in normal form.
+        digest: the graph's digest, to which the plan is bound.
+        options: what to leave in float.
+        sites: the graph's sites, where they are known already.
+
+    Raises:
+        PlanError: a pattern matches no site.
+        NoSites: nothing would be quantized.
+    """
+    options = options or PlanOptions()
+    found = tuple(sites) if sites is not None else find_sites(model)
+    for pattern in (*options.keep, *options.quantize):
+        check_pattern(pattern, found)
+    borders = border_sites(model)
+    reasons = {site.id: _reason(site, options, borders.get(site.output)) for site in found}
+    if all(reason is not None for reason in reasons.values()):
+        raise NoSites(
+            "quantization plan", found=f"{len(found)} sites, none of them to be quantized", wanted="at least one",
+            cause=_commonest(reasons.values()) if found else "the graph holds no MatMul or Conv with a stored weight",
+            remedy="loosen the keep patterns, or compile with precision float32",
+        )
+    decisions: dict[str, Decision] = {}
+    owners: dict[str, str] = {}
+    for site in found:
+        reason = reasons[site.id]
+        if reason is not None:
+            decisions[site.id] = Keep(reason)
+        elif site.tensor in owners and site.op == _site_of(owners[site.tensor], found).op:
+            decisions[site.id] = Share(owners[site.tensor])
+        else:
+            owners.setdefault(site.tensor, site.id)
+            decisions[site.id] = Quantize(
+                symmetric=options.symmetric_convs and site.op == "conv",
+                activation_bits=options.activation_bits,
+                weight_bits=options.weight_bits,
+            )
+    return QuantPlan(model=digest, sites=found, decisions=decisions)
+
+
+def check_pattern(pattern: str, sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The sites whose module path or id a pattern matches.
+
+    Raises:
+        PlanError: none; names the nearest module.
+    """
+    sites = tuple(sites)
+    matched = tuple(s for s in sites if fnmatchcase(s.module, pattern) or fnmatchcase(s.id, pattern))
+    if not matched:
+        modules = sorted({site.module for site in sites})
+        hint = nearest(pattern, modules)
+        if not hint.startswith("did you mean"):
+            hint = "known are " + ", ".join(modules[:6]) + (f" and {len(modules) - 6} more" if len(modules) > 6 else "")
+        raise PlanError(
+            f"pattern {pattern!r}", found="no site that it matches", wanted="at least one module path",
+            cause="a misspelling, or a pattern without * at its ends (the whole path has to match)", remedy=hint,
+        )
+    return matched
+
+
+def _site_of(identifier: str, sites: Sequence[Site]) -> Site:
+    return next(site for site in sites if site.id == identifier)
+
+
+def _reason(site: Site, options: PlanOptions, border: str | None) -> str | None:
+    """Why a site stays in float; `None` where it is quantized."""
+    for pattern in options.keep:
+        if fnmatchcase(site.module, pattern) or fnmatchcase(site.id, pattern):
+            return f"kept by pattern {pattern!r}"
+    if any(fnmatchcase(site.module, p) or fnmatchcase(site.id, p) for p in options.quantize):
+        return None
+    if border is not None:
+        return border
+    if any(part in EMBEDDERS for part in site.module.split(".")):
+        return "timestep or class embedding: small, and every layer depends on it"
+    if site.n < options.smallest or site.k < options.smallest:
+        return f"k={site.k}, n={site.n}: fewer than {options.smallest} channels gain nothing"
+    return None
+
+
+def _commonest(reasons: Iterable[str | None]) -> str:
+    counts = Counter(reason for reason in reasons if reason is not None)
+    return counts.most_common(1)[0][0]

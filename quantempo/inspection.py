@@ -1,0 +1,87 @@
+"""What is in a bundle, as facts and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from quantempo.contracts.codec import from_data, parse_json
+from quantempo.contracts.plan import Keep, QuantPlan
+from quantempo.runtime.bundle import OpenBundle, read_bundle
+
+REFERENCE = "reference"
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts about a verified bundle: plain data for JSON."""
+    bundle = read_bundle(path)
+    manifest = bundle.manifest
+    facts: dict[str, Any] = {
+        "path": str(path), "name": manifest.name, "digest": bundle.digest, "precision": manifest.precision,
+        "version": manifest.version, "requires": list(manifest.requires), "size": sizes(bundle),
+        "graphs": {
+            name: {"dialect": g.dialect, "float_type": g.float_type, "file": g.file}
+            for name, g in sorted(manifest.graphs.items())
+        },
+        "scheduler": manifest.programs.scheduler, "steps": [min(bundle.steps), max(bundle.steps)],
+        "provenance": dict(manifest.provenance),
+    }
+    if manifest.partition is not None:
+        facts["scales"] = {
+            "groups": manifest.partition.groups, "low": manifest.partition.low, "high": manifest.partition.high,
+        }
+    plan = load_plan(bundle)
+    if plan is not None:
+        facts["sites"] = site_counts(plan)
+        reasons = Counter(d.reason for d in plan.decisions.values() if isinstance(d, Keep))
+        facts["kept"] = dict(reasons.most_common())
+    return facts
+
+
+def load_plan(bundle: OpenBundle) -> QuantPlan | None:
+    """The bundle's plan; `None` in a float bundle."""
+    if bundle.manifest.plan is None:
+        return None
+    file = bundle.path(bundle.manifest.plan)
+    return from_data(QuantPlan, parse_json(file.read_bytes(), str(file)), file.name)
+
+
+def site_counts(plan: QuantPlan) -> dict[str, int]:
+    """Sites in all, quantized and kept."""
+    return {"total": len(plan.sites), "quantized": len(plan.quantized()), "kept": len(plan.kept())}
+
+
+def sizes(bundle: OpenBundle) -> dict[str, int]:
+    """Bytes of the bundle, and of the float reference beside it where there is one."""
+    found = {"bundle_bytes": sum(entry.size for entry in bundle.manifest.files.values())}
+    if (bundle.root / REFERENCE / "manifest.json").is_file():
+        reference = read_bundle(bundle.root / REFERENCE)
+        found["float_bytes"] = sum(entry.size for entry in reference.manifest.files.values())
+    return found
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as lines of text."""
+    size = facts["size"]
+    lines = [
+        f"{facts['name']}  ({facts['precision']}, manifest {facts['digest'][:12]})",
+        f"  size       {size['bundle_bytes'] / 1e6:.2f} MB"
+        + (f", float {size['float_bytes'] / 1e6:.2f} MB" if "float_bytes" in size else ""),
+        f"  sampler    {facts['scheduler']}, programs for {facts['steps'][0]} to {facts['steps'][1]} steps",
+    ]
+    for name, graph in facts["graphs"].items():
+        lines.append(f"  graph      {name}: {graph['dialect']}, {graph['float_type']}, {graph['file']}")
+    if "scales" in facts:
+        scales = facts["scales"]
+        lines.append(f"  scales     {scales['groups']} groups over timesteps {scales['low']:g} to {scales['high']:g}")
+    if "sites" in facts:
+        sites = facts["sites"]
+        lines.append(f"  sites      {sites['quantized']} of {sites['total']} quantized, {sites['kept']} kept in float:")
+        lines += [f"               {count} × {reason}" for reason, count in facts["kept"].items()]
+    lines += [f"  made with  {', '.join(f'{k} {v}' for k, v in _versions(facts).items())}"]
+    return "\n".join(lines)
+
+
+def _versions(facts: dict[str, Any]) -> dict[str, str]:
+    return {k: v for k, v in facts["provenance"].items() if v[:1].isdigit() and k != "seed" and len(v) < 30}

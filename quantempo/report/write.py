@@ -1,0 +1,179 @@
+"""Turns measurements into `report/report.json`, a table and a sheet of images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantempo.contracts.table import ScaleTable
+from quantempo.inspection import site_counts, sizes
+from quantempo.progress import Progress, SilentProgress
+from quantempo.quality import Images
+from quantempo.report.measure import (
+    Fidelity,
+    GuidanceResult,
+    ReportOptions,
+    Sampler,
+    Speed,
+    Subject,
+    measure_populations,
+    measure_speed,
+    open_judge,
+    open_subject,
+    session_with_table,
+    sessions,
+    single_scale_tables,
+)
+from quantempo.report.sheet import Panel, contact_sheet, error_panel
+
+REPORT_VERSION = 1
+SHEET_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """A written report."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    def text(self) -> str:
+        """The report's table."""
+        return table(self.facts) + f"\n\nwrote {self.folder / 'report.json'} and sheet.png"
+
+
+def write_report(bundle: Path, options: ReportOptions | None = None, progress: Progress | None = None) -> ReportSummary:
+    """Measure a bundle against its float reference and write `BUNDLE/report/`.
+
+    Args:
+        bundle: a quantized bundle with `reference/`.
+        options: what to measure.
+        progress: where stages are shown.
+
+    Raises:
+        BundleError: no float reference.
+    """
+    options, progress = options or ReportOptions(), progress or SilentProgress()
+    subject = open_subject(bundle)
+    tables = single_scale_tables(subject) if options.single_scale else {}
+    with sessions(subject, options) as (quantized, floating):
+        with progress.stage("speed"):
+            speed = measure_speed(quantized, floating, options)
+        drawn: dict[str, dict[float, Images]] = {"float": {}, "groups": {}}
+        for name, session in (("float", floating), ("groups", quantized)):
+            for guidance in options.guidance:
+                with progress.stage(f"sample {name}, guidance {guidance:g}") as advance:
+                    sampler = Sampler(session, options)
+                    drawn[name][guidance] = sampler.images(options.samples, guidance, advance=advance)
+        populations = None
+        if options.population and options.judge is not None:
+            with progress.stage("accuracy and Fréchet distance") as advance:
+                judge = open_judge(options.judge)
+                populations = measure_populations(quantized, floating, judge, options, advance)
+    with progress.stage("single scales") as advance:
+        single = _single_scales(subject, tables, options, advance)
+    results = [
+        GuidanceResult(
+            g, Fidelity.of(drawn["groups"][g], drawn["float"][g]),
+            {name: Fidelity.of(images[g], drawn["float"][g]) for name, images in single.items()},
+        )
+        for g in options.guidance
+    ]
+    facts = report_facts(subject, options, results, speed)
+    if populations is not None:
+        facts["quality"].update(
+            accuracy=populations.accuracy, accuracy_float=populations.accuracy_float,
+            frechet_to_float=populations.frechet_to_float,
+            frechet_float_to_float=populations.frechet_float_to_float, population=populations.count,
+        )
+    folder = bundle / "report"
+    folder.mkdir(exist_ok=True)
+    _sheet(results[0], drawn, single).save(folder / "sheet.png")
+    (folder / "report.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    return ReportSummary(folder, facts)
+
+
+def _single_scales(
+    subject: Subject, tables: dict[str, ScaleTable], options: ReportOptions, advance: Any
+) -> dict[str, dict[float, Images]]:
+    found: dict[str, dict[float, Images]] = {}
+    for done, (name, scales) in enumerate(tables.items()):
+        advance(done, len(tables))
+        with session_with_table(subject, scales, options) as session:
+            sampler = Sampler(session, options)
+            found[name] = {g: sampler.images(options.samples, g) for g in options.guidance}
+    return found
+
+
+def report_facts(
+    subject: Subject, options: ReportOptions, results: list[GuidanceResult], speed: Speed
+) -> dict[str, Any]:
+    """The content of `report.json`."""
+    manifest = subject.bundle.manifest
+    head = results[0]
+    quality: dict[str, Any] = {
+        "psnr_db": head.groups.psnr_db, "ssim": head.groups.ssim, "worst_psnr_db": head.groups.worst_db,
+        "guidance": head.guidance, "steps": options.steps, "samples": options.samples,
+        "scheduler": manifest.programs.scheduler,
+    }
+    if head.best_single is not None:
+        quality["single_scale_method"], quality["psnr_db_single_scale"] = head.best_single
+    quality["by_guidance"] = [
+        {
+            "guidance": r.guidance, "groups": asdict(r.groups),
+            "single_scale": {name: asdict(f) for name, f in sorted(r.single.items())},
+        }
+        for r in results
+    ]
+    size = sizes(subject.bundle)
+    assert manifest.partition is not None
+    return {
+        "version": REPORT_VERSION, "bundle": subject.bundle.digest, "quality": quality,
+        "sites": site_counts(subject.plan), "scales": {"groups": manifest.partition.groups}, "size": size,
+        "speed": asdict(speed),
+        "command": f"quantempo report BUNDLE --samples {options.samples} --population {options.population} "
+        f"--guidance {','.join(f'{g:g}' for g in options.guidance)} --steps {options.steps}",
+    }
+
+
+def _sheet(head: GuidanceResult, drawn: dict[str, dict[float, Images]], single: dict[str, dict[float, Images]]) -> Any:
+    guidance, best = head.guidance, head.best_single
+    reference = drawn["float"][guidance][:SHEET_IMAGES]
+    groups = drawn["groups"][guidance][:SHEET_IMAGES]
+    panels = [Panel("float", "reference", reference)]
+    if best is not None:
+        flat = single[best[0]][guidance][:SHEET_IMAGES]
+        panels.append(Panel("one scale", f"INT8, {best[0]}: {best[1]:.1f} dB", flat))
+        panels.append(error_panel("its error × 8", "absolute difference", flat, reference))
+    panels.append(Panel("scales per group", f"INT8: {head.groups.psnr_db:.1f} dB", groups))
+    panels.append(error_panel("its error × 8", "absolute difference", groups, reference))
+    return contact_sheet(panels)
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The facts as aligned lines."""
+    quality, speed, size, sites = facts["quality"], facts["speed"], facts["size"], facts["sites"]
+    lines = [f"same-seed fidelity to float, {quality['samples']} held-out seeds, {quality['steps']} steps"]
+    for result in quality["by_guidance"]:
+        single = {name: f["psnr_db"] for name, f in result["single_scale"].items()}
+        best = max(single, key=lambda n: single[n]) if single else None
+        tail = f"   best single scale {single[best]:6.2f} dB ({best})" if best else ""
+        lines.append(f"  guidance {result['guidance']:<5g} PSNR {result['groups']['psnr_db']:6.2f} dB{tail}")
+    if "accuracy" in quality:
+        lines.append(
+            f"over {quality['population']} images: accuracy {100 * quality['accuracy']:.1f} % "
+            f"(float {100 * quality['accuracy_float']:.1f} %), Fréchet distance to float "
+            f"{quality['frechet_to_float']:.4f} (float to float, other seeds: {quality['frechet_float_to_float']:.4f})"
+        )
+    lines += [
+        f"sites      {sites['quantized']} of {sites['total']} quantized; {facts['scales']['groups']} scale groups",
+        f"size       {size['bundle_bytes'] / 1e6:.2f} MB, float {size['float_bytes'] / 1e6:.2f} MB",
+        f"speed      {speed['int8_ms_per_call']:.2f} ms a call, float {speed['float_ms_per_call']:.2f} ms "
+        f"({speed['float_ms_per_call'] / speed['int8_ms_per_call']:.2f}×); "
+        f"the loop itself {speed['loop_overhead_ms_per_call']:.3f} ms",
+    ]
+    return "\n".join(lines)
+
+

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from quantempo.calib.ranges import METHODS, quantizer_for
+from quantempo.calib.tables import build_table, cells_by_tensor, group_stats
+from quantempo.contracts.partition import Partition
+from quantempo.contracts.stats import StatsKey, TensorStats
+from quantempo.errors import CalibrationError, RequestError, ScaleMissing
+
+RNG = np.random.default_rng(1)
+
+
+def _stats(scales: dict[float, float], tensor: str = "x", branch: str = "") -> dict[StatsKey, TensorStats]:
+    return {
+        StatsKey("full", tensor, key, branch): TensorStats.of(
+            (np.abs(RNG.standard_normal(2000)) * scale - 0.1).astype(np.float32)
+        )
+        for key, scale in scales.items()
+    }
+
+
+STATS = {**_stats({0.0: 1.0, 50.0: 2.0, 100.0: 8.0}), **_stats({0.0: 3.0, 50.0: 3.0, 100.0: 3.0}, "y")}
+PARTITION = Partition((25.0, 75.0), 0.0, 100.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_group_has_the_range_of_its_own_cells_in_both_forms(method: str) -> None:
+    table = build_table(STATS, PARTITION, method, {"x": 8, "y": 6})
+    scales = table.of("x")
+    assert scales.scale.dtype == np.float32
+    assert scales.zero_point.dtype == np.int32
+    assert 6 < scales.scale[2] / scales.scale[0] < 10
+    for group, key in enumerate((0.0, 50.0, 100.0)):
+        cell = STATS[StatsKey("full", "x", key)]
+        expected = quantizer_for(*METHODS[method](cell, 8, False), 8, False)
+        assert (scales.scale[group], scales.zero_point[group]) == expected
+        assert scales.symmetric_scale[group] == quantizer_for(*METHODS[method](cell, 8, True), 8, True)[0]
+    assert table.of("y").zero_point.max() < 2**6
+
+
+def test_cells_of_a_group_are_merged_across_keys_and_branches() -> None:
+    stats = {**_stats({0.0: 1.0, 50.0: 2.0}, branch="cond"), **_stats({0.0: 5.0, 50.0: 1.0}, branch="uncond")}
+    merged = group_stats(cells_by_tensor(stats, ["x"])["x"], Partition.single(0.0, 50.0))
+    assert len(merged) == 1
+    assert merged[0].count == 8000
+    assert merged[0].high == max(cell.high for cell in stats.values())
+
+
+def test_the_table_does_not_depend_on_the_order_of_cells() -> None:
+    turned = dict(reversed(list(STATS.items())))
+    one, two = (build_table(s, PARTITION, "clip", {"y": 8, "x": 8}).arrays() for s in (STATS, turned))
+    assert list(one) == list(two)
+    for name, array in one.items():
+        assert np.array_equal(array, two[name])
+
+
+def test_a_tensor_without_statistics_is_an_error() -> None:
+    with pytest.raises(ScaleMissing, match="tensor 'z': found no statistics") as caught:
+        build_table(STATS, PARTITION, "clip", {"x": 8, "z": 8})
+    assert "calibrate with this plan" in str(caught.value)
+
+
+def test_a_group_without_an_observed_key_is_an_error() -> None:
+    crowded = Partition((25.0, 75.0, 90.0), 0.0, 100.0)
+    with pytest.raises(ScaleMissing, match=r"tensor 'x', group 2: found no observed timestep in \[75, 90\)"):
+        build_table(STATS, crowded, "minmax", {"x": 8})
+
+
+def test_an_unknown_method_is_an_error() -> None:
+    with pytest.raises(RequestError, match="did you mean 'minmax'"):
+        build_table(STATS, PARTITION, "minimax", {"x": 8})
+
+
+def test_graph_variants_need_a_choice() -> None:
+    other = {StatsKey("reuse", k.tensor, k.key): v for k, v in _stats({0.0: 9.0, 50.0: 9.0, 100.0: 9.0}).items()}
+    with pytest.raises(CalibrationError, match="full, reuse"):
+        build_table({**STATS, **other}, PARTITION, "minmax", {"x": 8})
+    full = build_table({**STATS, **other}, PARTITION, "minmax", {"x": 8}, graph="full")
+    assert np.array_equal(full.of("x").scale, build_table(STATS, PARTITION, "minmax", {"x": 8}).of("x").scale)
+
+
+def test_constant_tensors_get_a_usable_scale() -> None:
+    stats = {StatsKey("full", "c", k): TensorStats.of(np.zeros(4, np.float32)) for k in (0.0, 50.0, 100.0)}
+    scales = build_table(stats, PARTITION, "clip", {"c": 8}).of("c")
+    assert np.all(np.isfinite(1 / scales.scale))
+    assert np.all(np.isfinite(1 / scales.symmetric_scale))
