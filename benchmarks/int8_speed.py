@@ -129,7 +129,8 @@ def measure(name: str, folder: Path, options: Options) -> dict[str, Any]:
     result["group_look_up_percent"] = round(100 * (statistics.median(a / b for a, b in pairs) - 1), 2)
     if options.profile:
         for key in ("float", "int8"):
-            print_profile(f"{name} {key}", folder / f"{key}.onnx", {**feeds, **(group if key == "int8" else {})}, options)
+            feed = {**feeds, **(group if key == "int8" else {})}
+            print_profile(f"{name} {key}", folder / f"{key}.onnx", feed, options)
     return result
 
 

@@ -4,7 +4,7 @@
 
 Latents of 4x64x64, batch 1, on the echo engine, whose own time is subtracted (the loop's clock splits it).  Programs:
 DDIM-like (one `lin` of 3 terms), and the widest seen among diffusers schedulers (6 terms, 5 registers).  The figure is
-the median (and the best) over 20 runs of 50 calls.  Measure on an idle core: `taskset -c 1 python benchmarks/loop_overhead.py`.
+the median (and the best) over 20 runs of 50 calls.  Measure on an idle core, pinned with `taskset -c 1`.
 """
 
 from __future__ import annotations

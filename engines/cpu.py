@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,14 +121,9 @@ def integer_types(cpu: CpuFeatures) -> IntegerTypes:
     return IntegerTypes("int8", 8, True, False, "plain code adds into 32 bits")
 
 
-def saturates(cpu: CpuFeatures, lowest: int, highest: int) -> bool:
-    """Whether weights of this range could saturate under U8 activations on this CPU.
+def saturates(integers: IntegerTypes, lowest: int, highest: int) -> bool:
+    """Whether weights of this range could saturate under U8 activations on a CPU that multiplies in this way.
 
     Two products of at most `255 * w` must fit into a signed 16-bit sum.
     """
-    return not integer_types(cpu).exact and (2 * 255 * highest > 32767 or 2 * 255 * lowest < -32768)
-
-
-def describe(features: Iterable[str]) -> str:
-    """Features as people write them."""
-    return ", ".join(features) or "none that matter"
+    return not integers.exact and (2 * 255 * highest > 32767 or 2 * 255 * lowest < -32768)

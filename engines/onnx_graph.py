@@ -30,6 +30,7 @@ DTYPES = {
 """TensorProto.DataType by number; numpy's words where numpy has the type."""
 
 BITS = {"uint4": 4, "int4": 4, "float4e2m1": 4, "uint2": 2, "int2": 2, "bfloat16": 16}
+_NOT_NUMPY = ("string", "complex64", "complex128")
 _TYPED_DATA = {4: "<f4", 10: "<f8"}
 _VARINT_DATA = (5, 7, 11)
 READABLE_BYTES = 1 << 20
@@ -72,26 +73,32 @@ class OnnxTensor:
         bits = BITS.get(self.dtype, 8 if self.dtype.startswith("float8") else 0)
         return (self.size * bits + 7) // 8 if bits else self.size * np.dtype(_numpy_word(self.dtype)).itemsize
 
+    @property
+    def safe(self) -> bool:
+        """Whether the values lie in the graph file or below its folder."""
+        place = PurePosixPath(self.location or "")
+        return not (place.is_absolute() or ".." in place.parts or "\\" in str(place) or ":" in str(place))
+
     def values(self) -> NDArray[Any] | None:
-        """The values where they are small and numpy has the type; `None` for weights and exotic types."""
-        if self.nbytes > READABLE_BYTES or self.dtype in BITS or self.dtype.startswith("float8"):
+        """The values where they are small, within reach, and of a type that numpy has."""
+        found = self.sample(self.size) if self.nbytes <= READABLE_BYTES else None
+        return found.reshape(self.shape) if found is not None and found.size == self.size else None
+
+    def sample(self, count: int) -> NDArray[Any] | None:
+        """The first values, in storage order; `None` where they are out of reach or numpy lacks the type."""
+        if self.dtype in _NOT_NUMPY or self.dtype in BITS or self.dtype.startswith("float8") or not self.safe:
             return None
-        if self.dtype in ("string", "complex64", "complex128"):
-            return None
-        raw = self.inline
+        kind = np.dtype(self.dtype).newbyteorder("<")
+        wanted = min(count, self.size) * kind.itemsize
+        raw = self.inline[:wanted]
         if self.location is not None:
-            place = PurePosixPath(self.location)
-            if place.is_absolute() or ".." in place.parts:
-                return None
             try:
-                with (self.origin.parent / place).open("rb") as file:
+                with (self.origin.parent / self.location).open("rb") as file:
                     file.seek(self.offset)
-                    raw = file.read(self.nbytes)
+                    raw = file.read(wanted)
             except OSError:
                 return None
-        if len(raw) != self.nbytes:
-            return None
-        return np.frombuffer(raw, np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
+        return np.frombuffer(raw, kind) if len(raw) == wanted else None
 
 
 @dataclass(frozen=True)
@@ -192,16 +199,20 @@ class OnnxGraph:
         spec = self.inputs.get(name) or self.types.get(name) or self.outputs.get(name)
         return spec.shape if spec is not None else None
 
-    def is_constant(self, name: str) -> bool:
-        """Whether a value is fixed when the graph is loaded, seen through what only reshapes or dequantizes."""
+    def origin(self, name: str) -> OnnxTensor | None:
+        """The constant that a value is made of, seen through what only reshapes, casts or dequantizes."""
         while name not in self.constants:
             node = self.producers.get(name)
             if node is None or node.op_type not in _PASSING or not node.inputs:
-                return False
+                return None
             if not all(other in self.constants for other in node.inputs[1:] if other):
-                return False
+                return None
             name = node.inputs[0]
-        return True
+        return self.constants[name]
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a value is fixed when the graph is loaded."""
+        return self.origin(name) is not None
 
     def products(self) -> tuple[OnnxNode, ...]:
         """All matrix products and convolutions."""
@@ -379,7 +390,7 @@ class _Reader:
             elif number == 9:
                 start, end = _span(value)
                 length = end - start
-                raw = self.data[start:end] if length <= READABLE_BYTES else b""
+                raw = self.data[start : min(end, start + READABLE_BYTES)]
             elif number == 13:
                 pair = {n: self.text(v) for n, v in self.fields(_span(value))}
                 entries[pair.get(1, "")] = pair.get(2, "")

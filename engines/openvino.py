@@ -154,6 +154,9 @@ class _Layer:
             return str(info[key].astype(str)) if key in info else ""
 
         self.kind, self.precision = word("layerType"), word("runtimePrecision")
+        if self.kind in _PRODUCTS:
+            # The runtime precision also says `i8` where only the weights are stored so; the activation decides.
+            self.precision = str(operation.get_input_element_type(0).get_type_name())
         self.originals = tuple(word("originalLayersNames").split(",")) or (str(operation.get_friendly_name()),)
 
 
@@ -207,9 +210,10 @@ class OpenVinoEngine(HostEngine):
     def __init__(self, graph: Path, options: EngineOptions, settings: Mapping[str, str]) -> None:
         name = f"openvino {graph.name}"
         self.graph, self._options, self._settings = graph, options, settings
+        taps = _known_outputs(graph, options)
         try:
             self._model = _core().read_model(str(graph))
-            added = [self._model.add_outputs(n)[0] for n in _known_outputs(graph, options)]
+            added = [self._model.add_outputs(tap)[0] for tap in taps]
         except Exception as error:
             raise _refusal(name, "a graph that OpenVINO opens", error) from error
         structure = read_graph(graph)
@@ -291,14 +295,14 @@ class OpenVinoEngine(HostEngine):
 
 
 def _known_outputs(graph: Path, options: EngineOptions) -> tuple[str, ...]:
-    if options.extra_outputs:
-        known = set(onnx_file.value_names(graph))
-        for name in options.extra_outputs:
-            if name not in known:
-                raise EngineError(
-                    f"{graph.name}: extra output {name!r}", found="no such tensor", wanted="an output of a node",
-                    cause="the name belongs to another graph", remedy=nearest(name, known),
-                )
+    """The extra outputs, each of them a tensor of the graph."""
+    known = set(onnx_file.value_names(graph)) if options.extra_outputs else set()
+    for name in options.extra_outputs:
+        if name not in known:
+            raise EngineError(
+                f"{graph.name}: extra output {name!r}", found="no such tensor", wanted="an output of a node",
+                cause="the name belongs to another graph", remedy=nearest(name, known),
+            )
     return options.extra_outputs
 
 

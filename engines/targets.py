@@ -244,11 +244,12 @@ def require_format(profile: Target, wanted: NumberFormat) -> None:
 def version_fits(profile: Target, version: str) -> bool:
     """Whether a library version is in the profile's range."""
     low, high = profile.versions
-    found = _numbers(version)
-    return (not low or found >= _numbers(low)) and (not high or found < _numbers(high))
+    found = parse_version(version)
+    return (not low or found >= parse_version(low)) and (not high or found < parse_version(high))
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def parse_version(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparison."""
     parts = []
     for part in version.split("+")[0].split("."):
         digits = "".join(c for c in part if c.isdigit())

@@ -1,7 +1,7 @@
 """The `ort` dialect: INT8 for ONNX Runtime's CPU kernels, with scales and zero points that are looked up at run time.
 
 Activations are unsigned (`U8`), weights signed (`S8`): the pair that x86 processors multiply directly.  All activation
-scales of a graph lie in one table `[group, tensor]` and all zero points in another; the scalar input `scale_group`
+scales of a graph lie in one table `[group, tensor]` and the zero points in another; the scalar input `scale_group`
 picks a row of each.  A matrix product becomes `com.microsoft.MatMulIntegerToFloat` with its bias, a convolution
 `QuantizeLinear → QLinearConv → DequantizeLinear → Add(bias)`.  These operators are written out, not left to the
 runtime's pattern matching: its fusions miss matrix products of rank 2, whose bias it merges into a float Gemm first.
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.table import ScaleTable
@@ -94,32 +95,40 @@ def output_key(place: PlacedSite) -> ActivationKey:
 
 
 def _look_up(lowering: Lowering) -> dict[ActivationKey, Quantizer]:
-    """Scale and zero point of every quantizer for the current group: two Gathers and two Splits for the whole graph."""
+    """Scale and zero point of every quantizer for the current group: two Gathers and two Splits for the whole graph.
+
+    A zero point that is the same in all groups becomes a constant: with it ONNX Runtime packs a convolution's weight
+    for its faster kernel (measured: a tenth of the convolution's time).
+    """
     keys = sorted(
         {activation_key(place) for place in lowering.places}
         | {output_key(place) for place in lowering.places if place.site.op == "conv"}
     )
-    columns = [lowering.scales(key) for key in keys]
-    scales = np.stack([scale for scale, _ in columns], 1).astype(np.float32)
-    points = np.stack([point for _, point in columns], 1).astype(np.uint8)
+    scales = {key: lowering.scales(key)[0].astype(np.float32) for key in keys}
+    points = {key: lowering.scales(key)[1].astype(np.uint8) for key in keys}
+    scale_values = _rows(lowering, "scale", scales)
+    point_values = _rows(lowering, "zero_point", {key: row for key, row in points.items() if np.ptp(row) > 0})
+    for key, row in points.items():
+        if key not in point_values:
+            point_values[key] = lowering.constant(f"zero_point.{row[0]}", row[0])
+    return {key: (scale_values[key], point_values[key]) for key in keys}
+
+
+def _rows(
+    lowering: Lowering, kind: str, columns: Mapping[ActivationKey, NDArray[np.generic]]
+) -> dict[ActivationKey, ir.Value]:
+    """The current group's entry of every column: one table, one Gather, one Split."""
     if lowering.options.group is not None:
         row = lowering.options.group
-        return {
-            key: (
-                lowering.constant(f"{_name(key)}.scale", scales[row, i]),
-                lowering.constant(f"{_name(key)}.zero_point", points[row, i]),
-            )
-            for i, key in enumerate(keys)
-        }
-    parts: list[tuple[ir.Value, ...]] = []
-    for kind, table in (("scale", scales), ("zero_point", points)):
-        now = lowering.lookup(f"activation.{kind}", table)
-        names = [f"{_name(key)}.{kind}" for key in keys]
-        split = lowering.nodes(None, "Split", [now], names, axis=0, num_outputs=len(keys))
-        for value in split:
-            describe(value, now.dtype, ir.Shape([1]))
-        parts.append(split)
-    return {key: (parts[0][i], parts[1][i]) for i, key in enumerate(keys)}
+        return {key: lowering.constant(f"{_name(key)}.{kind}", column[row]) for key, column in columns.items()}
+    if not columns:
+        return {}
+    now = lowering.lookup(f"activation.{kind}", np.stack(list(columns.values()), 1))
+    names = [f"{_name(key)}.{kind}" for key in columns]
+    split = lowering.nodes(None, "Split", [now], names, axis=0, num_outputs=len(names))
+    for value in split:
+        describe(value, now.dtype, ir.Shape([1]))
+    return dict(zip(columns, split, strict=True))
 
 
 def _name(key: ActivationKey) -> str:

@@ -17,14 +17,14 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from quantempo.export.sampler_check import check_against_scheduler
-from quantempo.export.sampler_loop import START_INDEX, Loop, Settings, holders, refuse, replace_tensors, state_names
-from quantempo.export.sampler_rows import NotLinear, Row, RowMode, coefficients, is_row_shaped, unit
-from quantempo.export.sampler_tape import Tape, lower
 
 from quantempo.contracts.codec import canonical_json, digest, parse_json
 from quantempo.contracts.program import State, StepProgram, check_program
 from quantempo.errors import DataError, MissingExtra, NotAModelDirectory, SchedulerRefused, nearest
+from quantempo.export.sampler_check import check_against_scheduler
+from quantempo.export.sampler_loop import START_INDEX, Loop, Settings, holders, refuse, replace_tensors, state_names
+from quantempo.export.sampler_rows import NotLinear, Row, RowMode, coefficients, is_row_shaped, unit
+from quantempo.export.sampler_tape import Tape, lower
 
 IMAGE_SCALE = "image_scale"
 """Option of a program that starts from an image: `latents = image_scale * image + initial_scale * noise`."""

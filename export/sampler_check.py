@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quantempo.export.sampler_loop import START_INDEX, Loop, Settings, refuse
 from torch.overrides import TorchFunctionMode
 
 from quantempo.contracts.program import LATENTS, PREDICTION, Call, Clamp, Lin, Noise, StepProgram, Terms
 from quantempo.errors import SchedulerRefused
+from quantempo.export.sampler_loop import START_INDEX, Loop, Settings, refuse
 
 TOLERANCE = 1e-5
 """Largest error of a sample relative to its largest value so far.  Schedulers that step in float32 reach 1e-6."""

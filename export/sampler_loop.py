@@ -13,10 +13,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from quantempo.export.sampler_noise import BrownianPath
-from quantempo.export.sampler_rows import NotLinear
 
 from quantempo.errors import RequestError, SchedulerRefused, nearest
+from quantempo.export.sampler_noise import BrownianPath
+from quantempo.export.sampler_rows import NotLinear
 
 START_INDEX = "start_index"
 _CALLER_GIVEN = frozenset(["self", "model_output", "timestep", "sample", "eta", "generator", "return_dict"])

@@ -11,9 +11,8 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from quantempo.export.sampler_rows import WIDTH, NotLinear, Row, coefficients, unit, zero
-
 from quantempo.contracts.program import LATENTS, PREDICTION, Call, Clamp, Lin, Noise, Operation, Terms
+from quantempo.export.sampler_rows import WIDTH, NotLinear, Row, coefficients, unit, zero
 
 Form = tuple[tuple[int, float], ...]
 """A linear form over values: (value, coefficient) pairs in ascending value order."""

@@ -154,15 +154,17 @@ def _label(spec: ClassInput, item: Any) -> int:
                 nearest(item, by_name) if by_name else f"pass a number, 0 to {spec.count - 1}", "an unknown class name",
             )
         return by_name[item]
-    if isinstance(item, (bool, np.bool_)) or not isinstance(item, (int, np.integer)):
+    if hasattr(item, "item"):
+        item = item.item()  # scalars of numpy, torch and the like
+    if isinstance(item, bool) or not isinstance(item, int):
         raise _refuse("class_labels", repr(item), f"whole numbers, 0 to {spec.count - 1}, or names", "pass an int")
     if not 0 <= item < spec.count:
-        close = min(max(int(item), 0), spec.count - 1)
+        close = min(max(item, 0), spec.count - 1)
         raise _refuse(
-            "class_labels", str(int(item)), f"labels 0 to {spec.count - 1}", f"the nearest legal label is {close}",
+            "class_labels", str(item), f"labels 0 to {spec.count - 1}", f"the nearest legal label is {close}",
             f"the model knows {spec.count} classes",
         )
-    return int(item)
+    return item
 
 
 def _array(spec: ArrayInput, name: str, value: Any) -> Array:

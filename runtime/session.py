@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +95,7 @@ class Session:
         self._engines: dict[str, Engine] = {}
         try:
             for entry in self._denoisers(dialect):
-                self._engines[entry.variant] = self._open(entry)
+                self._engines[entry.variant] = self._open(entry, self._options)
             self._loop = Loop(self._engines, self.manifest.denoiser, self.manifest.partition)
         except BaseException:
             self.close()
@@ -211,7 +211,9 @@ class Session:
         if decoder.graph is None:
             return scaled
         if self._decoder is None:
-            self._decoder = self._open(self.manifest.graphs[decoder.graph])
+            # Taps are tensors of the denoiser; the decoder has none of these names.
+            plain = replace(self._options, extra_outputs=())
+            self._decoder = self._open(self.manifest.graphs[decoder.graph], plain)
         parts = [self._decode(self._decoder, scaled[i : i + DECODE_ROWS]) for i in range(0, len(scaled), DECODE_ROWS)]
         return np.concatenate(parts)
 
@@ -251,11 +253,10 @@ class Session:
         found.sort(key=lambda e: e.float_type != "float32")
         return [e for i, e in enumerate(found) if e.variant not in {f.variant for f in found[:i]}]
 
-    def _open(self, entry: GraphEntry) -> Engine:
-        engine = self._open_engine(self.bundle.path(entry.file), self._options)
+    def _open(self, entry: GraphEntry, options: EngineOptions) -> Engine:
+        engine = self._open_engine(self.bundle.path(entry.file), options)
         listed = sorted(s.name for s in entry.inputs), sorted(s.name for s in entry.outputs)
-        taps = set(self._options.extra_outputs)
-        found = sorted(engine.inputs), sorted(set(engine.outputs) - taps)
+        found = sorted(engine.inputs), sorted(set(engine.outputs) - set(options.extra_outputs))
         if listed != found:
             engine.close()
             raise EngineError(

@@ -26,10 +26,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from quantempo.export.sampler import scheduler_classes, trace_program  # noqa: E402
 from support.reference_loop import relative_error, replay, stock_loop  # noqa: E402
 
 from quantempo.errors import SchedulerRefused  # noqa: E402
+from quantempo.export.sampler import scheduler_classes, trace_program  # noqa: E402
 
 STEPS = (10, 20, 50)
 LIMIT = 1e-5
@@ -254,8 +254,8 @@ SUMMARY = (
     " ([how](step-program.md)): {exact} of {tried} tried option sets are exact. Exact means that the program and the"
     " scheduler's own loop differ by at most {limit}, relative to the largest value of the sample, over the first 20"
     " calls and at the end, at 10, 20 and 50 steps (or at the counts that the class takes), with a non-linear stand-in"
-    " for the denoiser. The other option sets are refused with the reason given; where the reason is the scheduler's"
-    " own failure, the stock loop was run and fails too. `call` holds arguments of the loop (eta, mu, start_index, ...),"
+    " for the denoiser. The other option sets are refused with the reason given; where that is the scheduler's"
+    " own failure, the stock loop was run and fails too. `call` holds arguments of the loop (eta, mu, start_index),"
     " the rest is configuration."
 )
 

@@ -102,14 +102,17 @@ def insert_node(
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let every reader of `old`, and the graph's outputs, read `new`; a graph output keeps its name."""
-    if old.is_graph_output():
-        if new.is_graph_input() or new.is_initializer() or new.is_graph_output():
-            return
+    """Let every reader of `old`, and the graph's outputs, read `new`.
+
+    A value that has no name yet takes the old one, so that names stay what calibration knows; a graph output always
+    keeps its name.
+    """
+    if old.is_graph_output() and (new.is_graph_input() or new.is_initializer() or new.is_graph_output()):
+        return
+    if old.is_graph_output() or new.name is None:
         name, old.name = old.name, None
         new.name = name
-        new.shape = old.shape
-    elif new.shape is None and old.shape is not None:
+    if old.shape is not None and (new.shape is None or old.is_graph_output()):
         new.shape = old.shape
     if new.dtype is None and old.dtype is not None:
         new.dtype = old.dtype

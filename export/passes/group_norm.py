@@ -9,18 +9,19 @@ from quantempo.export.passes.base import GraphPass, Violation
 from quantempo.export.passes.edit import (
     add_constant,
     attribute,
-    const_array,
     drop_node,
     insert_node,
+    is_initializer,
     replace_value,
     static_shape,
 )
 
 
 class GroupNormToInstanceNorm(GraphPass):
-    """No GroupNormalization with stored scale and bias: Reshape, InstanceNormalization, Reshape, Mul, Add.
+    """No GroupNormalization with stored scale and bias: Reshape, InstanceNormalization, Reshape, BatchNormalization.
 
-    ONNX Runtime expands the operator into small functions on the CPU; TensorRT reads it from 10.9 on only.
+    ONNX Runtime expands the operator into small functions on the CPU; TensorRT reads it from 10.9 on only.  The batch
+    normalization has mean 0, variance 1 and no epsilon: it is `x * scale + bias` per channel in one pass over memory.
     """
 
     def apply(self, model: ir.Model) -> int:
@@ -33,12 +34,11 @@ class GroupNormToInstanceNorm(GraphPass):
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> int:
-    source, scale, bias = node.inputs[0], const_array(node.inputs[1]), const_array(node.inputs[2])
-    shape = static_shape(source)
-    if source is None or scale is None or bias is None or shape is None or None in shape[1:]:
+    source, shape = node.inputs[0], static_shape(node.inputs[0])
+    if source is None or shape is None or None in shape[1:] or not all(map(is_initializer, node.inputs[1:])):
         return 0
-    groups, channels = int(attribute(node, "num_groups", 1)), len(scale)
-    spread = (channels, *[1] * (len(shape) - 2))
+    groups, channels = int(attribute(node, "num_groups", 1)), shape[1]
+    assert channels is not None
     split = add_constant(graph, np.asarray([0, groups, -1], np.int64), "shape")
     whole = add_constant(graph, np.asarray([-1, *shape[1:]], np.int64), "shape")
     one = add_constant(graph, np.ones(groups, np.float32), "constant")
@@ -52,10 +52,11 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> int:
     normal.shape = flat.shape
     value = insert_node(node, "Reshape", [normal, whole]).outputs[0]
     value.shape = source.shape
-    for op, array in (("Mul", scale), ("Add", bias)):
-        name = f"{node.inputs[1 if op == 'Mul' else 2].name}_spread"  # type: ignore[union-attr]
-        value = insert_node(node, op, [value, add_constant(graph, array.reshape(spread), name)]).outputs[0]
-        value.shape = source.shape
+    mean = add_constant(graph, np.zeros(channels, np.float32), "constant")
+    variance = add_constant(graph, np.ones(channels, np.float32), "constant")
+    affine = [value, *node.inputs[1:3], mean, variance]
+    value = insert_node(node, "BatchNormalization", affine, {"epsilon": 0.0}).outputs[0]
+    value.shape = source.shape
     replace_value(node.outputs[0], value)
     drop_node(node)
     return 1

@@ -117,14 +117,14 @@ def test_a_long_field_is_walked(tmp_path: Path) -> None:
 
 
 def test_executed_operators_show_what_was_fused(tmp_path: Path) -> None:
-    relu = onnx.numpy_helper
+    array = onnx.numpy_helper.from_array
     nodes = [
         h.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), h.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
         h.make_node("DequantizeLinear", ["w", "ws", "wz"], ["dw"]), h.make_node("MatMul", ["d", "dw"], ["y"]),
     ]
     constants = [
-        relu.from_array(np.float32(0.1), "s"), relu.from_array(np.uint8(128), "z"), relu.from_array(np.float32(0.1), "ws"),
-        relu.from_array(np.int8(0), "wz"), relu.from_array(np.ones((64, 32), np.int8), "w"),
+        array(np.float32(0.1), "s"), array(np.uint8(128), "z"), array(np.float32(0.1), "ws"), array(np.int8(0), "wz"),
+        array(np.ones((64, 32), np.int8), "w"),
     ]
     info = [h.make_tensor_value_info("x", FLOAT, ["b", 64]), h.make_tensor_value_info("y", FLOAT, ["b", 32])]
     model = of_opset_21(h.make_graph(nodes, "g", info[:1], info[1:], constants))
@@ -141,7 +141,7 @@ def test_executed_operators_show_what_was_fused(tmp_path: Path) -> None:
 def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str) -> None:
     (tmp_path / "in").mkdir()
     graph = mlp(tmp_path / "in", True, location)
-    with pytest.raises(UnsafePath, match="external data: found location .* wanted a path below the graph's folder"):
+    with pytest.raises(UnsafePath, match=r"external data: found location .* wanted a path below the graph's folder"):
         open_engine("ort", graph, ONE)
 
 

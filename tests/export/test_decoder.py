@@ -3,6 +3,8 @@ import shutil
 
 import onnx_ir as ir
 import pytest
+from support import tiny_models
+from support.onnxruntime_run import run
 
 from quantempo.contracts.manifest import Decoder
 from quantempo.contracts.tensors import TensorSpec
@@ -14,8 +16,6 @@ from quantempo.export.decoder import (
     trace_decoder_module,
     verify_decoder,
 )
-from support import tiny_models
-from support.onnxruntime_run import run
 
 
 def test_decoder_agrees_with_torch_and_keeps_its_scaling(tmp_path):

@@ -110,3 +110,15 @@ def test_an_initializer_without_a_value_is_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(ExportError, match=r"initializer 'a\.weight': found no value"):
         write_graphs(tmp_path, made)
     assert not list(tmp_path.iterdir())
+
+
+def test_graphs_that_were_read_from_a_folder_can_be_written_to_another(tmp_path: Path) -> None:
+    made = graphs()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    # Saved by another writer, which keeps even the smallest tensors outside the graph.
+    ir.save(made["full.float-f32"], tmp_path / "one" / "g.onnx", external_data="g.data", size_threshold_bytes=0)
+    write_graphs(tmp_path / "two", {"g": ir.load(tmp_path / "one" / "g.onnx")})
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["g.onnx", "weights.float32.bin"]
+    expected = run(made["full.float-f32"], DATA)[0]
+    np.testing.assert_array_equal(session(tmp_path / "two" / "g.onnx").run(None, DATA)[0], expected)

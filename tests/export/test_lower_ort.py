@@ -219,3 +219,21 @@ def test_a_plan_of_another_graph_is_refused(setup: tuple[ir.Model, QuantPlan, Sc
     other = maker.model(maker.matmul(x, 16, 24, "block.to_q"), maker.conv(p, 8, 16, "conv_in"))
     with pytest.raises(PlanError, match=r"(?s)found no node .* wanted MatMul.* plan belongs to another graph"):
         lower_ort(other, plan, table, {})
+
+
+def test_zero_points_that_do_not_change_with_the_group_are_constants() -> None:
+    maker = GraphMaker({"p": (2, 8, 9, 9)})
+    model = maker.model(maker.conv(maker.inputs["p"], 8, 16, "c"))
+    plan = maker.plan(Quantize(symmetric=True))
+    data = [{"p": group["p"]} for group in GROUPS]
+    lowered = lower_ort(model, plan, min_max_table(model, plan, data))
+    node = next(node for node in lowered.graph if node.op_type == "QLinearConv")
+    point = node.inputs[2]
+    assert point is not None
+    assert point.const_value is not None
+    assert point.const_value.numpy() == 128
+    assert node.inputs[1] is not None
+    assert node.inputs[1].const_value is None, "the scale still is looked up"
+    for index in range(3):
+        got = run(lowered, {**data[index], "scale_group": np.array(index)})[0]
+        assert sqnr_db(run(model, data[index])[0], got) > 30

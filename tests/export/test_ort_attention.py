@@ -19,7 +19,8 @@ def attention(*, masked: bool = False, scaled: str = "query", softmax_axis: int 
     for name, value in maker.inputs.items():
         shape = np.array([-1, LONG if name == "q" else SHORT, HEADS, SIZE])
         split = maker.op("Reshape", [value, maker.constant(f"{name}.shape", shape)], f"{name}.split")
-        heads[name] = maker.op("Transpose", [split], f"{name}.heads", perm=[0, 2, 3, 1] if name == "k" else [0, 2, 1, 3])
+        perm = [0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]
+        heads[name] = maker.op("Transpose", [split], f"{name}.heads", perm=perm)
     factor = np.array([0.3], np.float32)
     if scaled in ("query", "both"):
         heads["q"] = maker.op("Mul", [heads["q"], maker.constant("scale", factor)], "q.scaled")

@@ -10,13 +10,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from quantempo.export.sampler import load_scheduler, scheduler_identity, trace_program, trace_programs
-from quantempo.export.sampler_noise import BrownianPath
 from support.reference_loop import relative_error, replay, stock_loop
 
 from quantempo.contracts.codec import canonical_json, from_data
 from quantempo.contracts.program import LATENTS, Clamp, Lin, Noise, StepProgram
 from quantempo.errors import DataError, NotAModelDirectory, RequestError, SchedulerRefused
+from quantempo.export.sampler import load_scheduler, scheduler_identity, trace_program, trace_programs
+from quantempo.export.sampler_noise import BrownianPath
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -41,7 +41,7 @@ def test_program_text_is_the_committed_one_up_to_the_last_bits(name: str, schedu
 
 
 def _rounded(program: StepProgram) -> StepProgram:
-    """Coefficients to 9 digits: another build of torch may round float32 schedules differently in the last bit."""
+    """Coefficients to 5 digits: another build of torch may round a float32 schedule differently in its last bits."""
 
     def walk(data: object) -> object:
         if isinstance(data, dict):
@@ -295,10 +295,9 @@ def test_brownian_noise_turns_its_sign_with_the_direction() -> None:
 
 def test_a_wrong_coefficient_would_be_seen_by_the_comparison() -> None:
     program = trace_program(ddim(), 10)
-    wrong = from_data(StepProgram, json.loads(canonical_json(program).replace("latents", "latents")), "x")
-    call = wrong.calls[4]
+    call = program.calls[4]
     bent = Lin(LATENTS, tuple((r, c * (1 + 1e-4)) for r, c in call.update[0].terms))  # type: ignore[union-attr]
-    calls = (*wrong.calls[:4], type(call)(call.timestep, call.inputs, (bent,), call.step), *wrong.calls[5:])
+    calls = (*program.calls[:4], type(call)(call.timestep, call.inputs, (bent,), call.step), *program.calls[5:])
     stock = stock_loop(ddim(), 10)
     assert relative_error(replay(program), stock) < 1e-6
     assert relative_error(replay(StepProgram(program.scheduler, 10, calls)), stock) > 1e-5

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from quantempo.export.sampler import scheduler_classes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,25 +1,15 @@
-import functools
-
 import numpy as np
 import onnx_ir as ir
 import pytest
+from support.tiny_graphs import traced
 
 from quantempo.contracts.plan import Keep, Quantize, Share
 from quantempo.errors import NoSites, PlanError
-from quantempo.export.families import family_of_module
 from quantempo.export.sites import PlanOptions, default_plan, find_sites
-from quantempo.export.trace import trace_module
-from support import tiny_models
 
 
-@functools.cache
 def model(class_name):
-    import tempfile
-    from pathlib import Path
-
-    config = {"DiTTransformer2DModel": tiny_models.DIT, "UNet2DModel": tiny_models.UNET}[class_name]
-    module = tiny_models.build(class_name, 0, **config)
-    graph = trace_module(module, family_of_module(module), Path(tempfile.mkdtemp(prefix="quantempo-sites-")))
+    graph = traced({"DiTTransformer2DModel": "dit_pipeline", "UNet2DModel": "unet"}[class_name])[2]
     return ir.load(graph.path), graph
 
 

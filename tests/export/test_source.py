@@ -1,12 +1,12 @@
 import shutil
 
 import pytest
+from support import tiny_models
 
 from quantempo.contracts.manifest import ClassInput
 from quantempo.errors import NotAModelDirectory, PickleCheckpoint, UnsupportedModel
 from quantempo.export.families import family_of
 from quantempo.export.source import open_source
-from support import tiny_models
 
 
 def unet_source(folder):
@@ -117,7 +117,8 @@ def test_unknown_class_names_the_known_ones(tmp_path):
 def test_published_dit_checkpoints_keep_their_old_class_name(tmp_path):
     copy = tmp_path / "pipeline"
     shutil.copytree(tiny_models.dit_pipeline(), copy)
-    tiny_models.edited(copy / "transformer", copy / "other", _class_name="Transformer2DModel", norm_type="ada_norm_zero")
+    old = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}
+    tiny_models.edited(copy / "transformer", copy / "other", **old)
     shutil.rmtree(copy / "transformer")
     (copy / "other").rename(copy / "transformer")
     assert open_source(copy).class_name == "DiTTransformer2DModel"

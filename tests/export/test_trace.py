@@ -1,5 +1,4 @@
-import functools
-import tempfile
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -7,9 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from support import tiny_models
+from support.onnxruntime_run import run
+from support.tiny_graphs import MODELS, traced
 
 from quantempo.errors import ExportError, UnsupportedModel
-from quantempo.export.families import family_of, family_of_module
+from quantempo.export.families import family_of_module
 from quantempo.export.source import open_source
 from quantempo.export.trace import (
     load_denoiser,
@@ -20,19 +22,6 @@ from quantempo.export.trace import (
     verify,
     verify_denoiser,
 )
-from support import tiny_models
-from support.onnxruntime_run import run
-
-MODELS = ["dit_pipeline", "unet", "condition_unet"]
-
-
-@functools.cache
-def traced(name):
-    """(module, family, graph) of a tiny model, traced once for all tests of this file."""
-    folder = getattr(tiny_models, name)()
-    source = open_source(folder, folder / "scheduler")
-    module, family = load_denoiser(source), family_of(source)
-    return module, family, trace_module(module, family, Path(tempfile.mkdtemp(prefix="quantempo-trace-")))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -201,7 +190,5 @@ def test_module_that_cannot_be_traced_is_an_export_error(tmp_path):
             return (sample if sample.sum() > 0 else -sample,)
 
     module, family, _ = traced("unet")
-    import dataclasses
-
     with pytest.raises(ExportError, match="tracing Branches"):
         trace_module(module, dataclasses.replace(family, wrap=Branches), tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support.bundle_maker import Shape, make_bundle
 
+from quantempo.contracts.manifest import Manifest
 from quantempo.errors import BundleError, OutputExists, UnsafePath
 from quantempo.runtime.bundle import read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter, check_target
@@ -17,6 +18,20 @@ def names(folder: Path) -> list[str]:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rewrite(target: Path, files: dict[str, bytes], manifest: Manifest) -> None:
+    with BundleWriter(target, overwrite=True) as writer:
+        for name, content in files.items():
+            writer.add_bytes(name, content)
+        writer.finish(manifest)
+
+
+def fail_half_way(target: Path, error: BaseException) -> None:
+    with BundleWriter(target, overwrite=True) as writer:
+        writer.add_bytes("graphs/x", b"half")
+        assert not (target / "graphs/x").exists()
+        raise error
 
 
 def test_two_writes_of_the_same_content_are_byte_identical(tmp_path: Path) -> None:
@@ -35,18 +50,15 @@ def test_finish_gives_what_reading_gives(tmp_path: Path) -> None:
 
 
 def test_after_an_error_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "b") as writer:
-        writer.add_bytes("graphs/x", b"half")
-        assert not (tmp_path / "b").exists()
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way(tmp_path / "b", KeyboardInterrupt())
     assert names(tmp_path) == []
 
 
 def test_after_an_error_the_older_bundle_is_untouched(tmp_path: Path) -> None:
     before = tree(make_bundle(tmp_path / "b"))
-    with pytest.raises(ValueError, match="boom"), BundleWriter(tmp_path / "b", overwrite=True) as writer:
-        writer.add_bytes("graphs/x", b"half")
-        raise ValueError("boom")
+    with pytest.raises(ValueError, match="boom"):
+        fail_half_way(tmp_path / "b", ValueError("boom"))
     assert tree(tmp_path / "b") == before
     assert names(tmp_path) == ["b"]
 
@@ -62,10 +74,8 @@ def test_a_rename_that_fails_puts_the_older_bundle_back(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="disk on fire"), BundleWriter(old, overwrite=True) as writer:
-        for name, content in before.items():
-            writer.add_bytes(name, content)
-        writer.finish(manifest)
+    with pytest.raises(OSError, match="disk on fire"):
+        rewrite(old, before, manifest)
     assert tree(old) == before
     assert names(tmp_path) == ["b"]
 
@@ -75,10 +85,7 @@ def test_an_older_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(OutputExists, match=r"b: found a bundle[\s\S]*overwrite=True"):
         make_bundle(tmp_path / "b")
     manifest = read_bundle(make_bundle(tmp_path / "other", Shape(seed=5))).manifest
-    with BundleWriter(tmp_path / "b", overwrite=True) as writer:
-        for name, content in tree(tmp_path / "other").items():
-            writer.add_bytes(name, content)
-        writer.finish(manifest)
+    rewrite(tmp_path / "b", tree(tmp_path / "other"), manifest)
     assert tree(tmp_path / "b") == tree(tmp_path / "other")
     assert names(tmp_path) == ["b", "other"]
 

@@ -17,7 +17,9 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("counter", "key", "wanted"), KNOWN)
-def test_philox_gives_the_published_vectors(counter: tuple[int, ...], key: tuple[int, int], wanted: tuple[int, ...]) -> None:
+def test_philox_gives_the_published_vectors(
+    counter: tuple[int, ...], key: tuple[int, int], wanted: tuple[int, ...]
+) -> None:
     words = philox([np.array([c], np.uint64) for c in counter], key[0] | key[1] << 32)
     assert tuple(int(w[0]) for w in words) == wanted
 
@@ -48,7 +50,10 @@ def test_first_numbers_are_frozen() -> None:
     assert [x.hex() for x in drawn.tolist()] == FROZEN
 
 
-FROZEN = ["-0x1.f41a240000000p+0", "0x1.09aab00000000p+1", "-0x1.7bd0cc0000000p-2", "-0x1.40679c0000000p-1", "0x1.5d1ef40000000p-1"]
+FROZEN = [
+    "-0x1.f41a240000000p+0", "0x1.09aab00000000p+1", "-0x1.7bd0cc0000000p-2",
+    "-0x1.40679c0000000p-1", "0x1.5d1ef40000000p-1",
+]
 
 
 def test_normals_have_the_moments_of_normals() -> None:

@@ -56,5 +56,8 @@ def test_something_else_than_a_generator_is_refused() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, quantempo.runtime.torch_rng as t; t.TorchGenerator(0).randn((20,)); print('torch' in sys.modules)"
+    code = (
+        "import sys, quantempo.runtime.torch_rng as t; t.TorchGenerator(0).randn((20,));"
+        "print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,8 +163,6 @@ def _table(partition: Partition) -> bytes:
 
 def rewrite_manifest(bundle: Path, **changes: object) -> None:
     """Change top-level keys of a written manifest, as an attacker or an editor would."""
-    import json
-
     path = bundle / "manifest.json"
     data = json.loads(path.read_text())
     data.update(changes)
