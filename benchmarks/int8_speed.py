@@ -1,7 +1,8 @@
 """Speed of INT8 with looked-up scales against float32 and torch, side by side in one process.
 
-All variants take turns, round by round, so that a change of the machine's speed hits them alike; each round's figure is
-the median of its calls, and the result the median over rounds.  Weights are random: speed does not depend on them.
+All variants take turns, round by round; each round's figure is the median of its calls.  Ratios are taken within each
+round, so that a change of the machine's speed hits both sides alike, and the median over rounds is reported.  Weights
+are random: speed does not depend on them.
 
     python benchmarks/int8_speed.py --model dit-s2 --json dit.json
     python benchmarks/int8_speed.py --model unet --threads 2
@@ -62,8 +63,8 @@ class Options:
 def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.5, help="per variant and round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.6, help="per variant and round")
     parser.add_argument("--threads", type=int, default=1, help="threads, pinned to as many cores")
     parser.add_argument("--no-eager", action="store_true", help="leave torch out")
     parser.add_argument("--profile", action="store_true", help="also print the time per operator")
@@ -120,13 +121,11 @@ def measure(name: str, folder: Path, options: Options) -> dict[str, Any]:
         "sqnr_db": round(sqnr_db(outputs["ort-float32"], outputs["ort-int8"]), 2),
         **facts,
     }
-    ms = result["ms_per_call"]
     result["speedup_of_int8_over"] = {
-        key: round(ms[key] / ms["ort-int8"], 3) for key in ms if not key.startswith("ort-int8")
+        key: round(paired_ratio(times[key], times["ort-int8"]), 3) for key in times if not key.startswith("ort-int8")
     }
-    # Paired by round: the two graphs differ by far less than the machine's speed does over a minute.
-    pairs = zip(times["ort-int8"], times["ort-int8-constant-scales"], strict=True)
-    result["group_look_up_percent"] = round(100 * (statistics.median(a / b for a, b in pairs) - 1), 2)
+    look_up = paired_ratio(times["ort-int8"], times["ort-int8-constant-scales"])
+    result["group_look_up_percent"] = round(100 * (look_up - 1), 2)
     if options.profile:
         for key in ("float", "int8"):
             feed = {**feeds, **(group if key == "int8" else {})}
@@ -262,6 +261,11 @@ def alternate(variants: Mapping[str, Callable[[], object]], options: Options) ->
                 samples.append(time.perf_counter() - start)
             times[key].append(1e3 * statistics.median(samples))
     return times
+
+
+def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantempo.engines import rules_graph, rules_quantizers
-from quantempo.engines.onnx_graph import OnnxGraph, read_graph
+from quantempo.engines.onnx_graph import OnnxGraph
+from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.rules import Finding, Level, Subject
 from quantempo.engines.targets import Backend, Target
 

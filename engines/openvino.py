@@ -21,7 +21,8 @@ from quantempo.engines import onnx_file
 from quantempo.engines.cache import EngineCache, KeyParts, file_digest
 from quantempo.engines.cpu import cpu_features
 from quantempo.engines.host import HostBuffer, HostEngine, aligned_zeros, allocate
-from quantempo.engines.onnx_graph import OnnxGraph, read_graph
+from quantempo.engines.onnx_graph import OnnxGraph
+from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.ort import _check_data
 from quantempo.errors import EngineError, MissingExtra, nearest
 

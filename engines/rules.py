@@ -68,7 +68,10 @@ class Subject:
         return self.graph.origin(product.input(1))
 
     def sizes(self, product: OnnxNode) -> tuple[int, int] | None:
-        """Reduction length and output channels (for a convolution: input channels per group); `None` without a weight."""
+        """Reduction length and output channels; `None` without a weight.
+
+        For a convolution, input channels per group stand for the reduction length.
+        """
         weight = self.weight(product)
         if weight is None or len(weight.shape) < 2:
             return None
@@ -79,6 +82,13 @@ class Subject:
             return shape[0], shape[1]
         swapped = product.op_type == "Gemm" and product.integer("transB", 0) == 1
         return (shape[-1], shape[-2]) if swapped else (shape[-2], shape[-1])
+
+    def site(self, product: OnnxNode) -> str:
+        """How a person finds a product: module path, else the name of its weight without suffixes, else the node."""
+        weight = self.weight(product)
+        if product.module or weight is None:
+            return product.where
+        return weight.name.removesuffix(".int8").removesuffix(".weight") or product.where
 
     def is_quantized(self, product: OnnxNode) -> bool:
         """Whether both operands of a product come out of a DequantizeLinear."""

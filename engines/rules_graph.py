@@ -130,10 +130,11 @@ def tiny_product(subject: Subject) -> Iterator[Finding]:
         k, n = sizes
         if subject.is_quantized(product):
             yield Finding(
-                "slow", "tiny-product", product.where, f"a quantized product of {k} by {n}", "keep it in float"
+                "slow", "tiny-product", subject.site(product), f"a quantized product of {k} by {n}", "keep it in float"
             )
         else:
-            yield Finding("kept", "tiny-product", product.where, f"{k} by {n}: too small for integers", "nothing to do")
+            found = f"{k} by {n}: too small for integers"
+            yield Finding("kept", "tiny-product", subject.site(product), found, "nothing to do")
 
 
 def kept_product(subject: Subject) -> Iterator[Finding]:
@@ -146,7 +147,7 @@ def kept_product(subject: Subject) -> Iterator[Finding]:
             continue
         stored = "INT8 weights" if subject.graph.dequantizer(product.input(1)) is not None else "float weights"
         yield Finding(
-            "kept", "kept-product", product.where, f"computes in float ({sizes[0]} by {sizes[1]}, {stored})",
+            "kept", "kept-product", subject.site(product), f"computes in float ({sizes[0]} by {sizes[1]}, {stored})",
             "see the plan for the reason; edit its decision to quantize",
         )
 
@@ -159,7 +160,7 @@ def weight_only(subject: Subject) -> Iterator[Finding]:
             continue
         if subject.graph.dequantizer(product.input(0)) is None and subject.weight(product) is not None:
             yield Finding(
-                "slow", "weight-only", product.where,
+                "slow", "weight-only", subject.site(product),
                 "INT8 weights alone: becomes MatMulNBits, which rounds activations to 8 bits and is slower than float",
                 "store the weight as Cast and Mul (the `ort` dialect does), or set the accuracy level to 1",
             )
@@ -178,7 +179,7 @@ def bias_rank(subject: Subject) -> Iterator[Finding]:
             if bias is None or (len(bias.shape) != 1 and (shape is None or len(shape) != 2)):
                 continue
             yield Finding(
-                "slow", "bias-rank", product.where,
+                "slow", "bias-rank", subject.site(product),
                 f"a bias of shape {list(bias.shape)}: the product becomes a Gemm before it is fused, in float",
                 "use the `ort` graph of the bundle, or add the bias with the product's rank",
             )
@@ -190,11 +191,11 @@ def unfused(subject: Subject) -> Iterator[Finding]:
     for product in graph.quantized_products():
         if product.op_type == "Gemm":
             yield Finding(
-                "slow", "unfused", product.where, "a quantized Gemm, which gains nothing", "use MatMul and Add"
+                "slow", "unfused", subject.site(product), "a quantized Gemm, which gains nothing", "use MatMul and Add"
             )
         elif product.op_type == "Conv" and not _ends_in_quantizer(subject, product):
             yield Finding(
-                "slow", "unfused", product.where, "a quantized convolution without a quantizer on its output",
+                "slow", "unfused", subject.site(product), "a quantized convolution without a quantizer on its output",
                 "use the `ort` graph of the bundle, which quantizes the output too",
             )
 
@@ -230,6 +231,7 @@ def library_version(subject: Subject) -> Iterator[Finding]:
     if subject.before(low or "0") or (high and not subject.before(high)):
         wanted = " ".join(part for part in (low and f"at least {low}", high and f"below {high}") if part)
         yield Finding(
-            "refused", "library-version", subject.target.library, f"version {subject.version}; the profile is for {wanted}",
+            "refused", "library-version", subject.target.library,
+            f"version {subject.version}; the profile is for {wanted}",
             f"install {subject.target.library} {wanted}",
         )

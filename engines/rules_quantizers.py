@@ -93,7 +93,8 @@ def scale_mul(subject: Subject) -> Iterator[Finding]:
         factor = graph.constants.get(node.input(1))
         if source is not None and source.op_type == "DequantizeLinear" and factor is not None and factor.size == 1:
             yield Finding(
-                "slow", "scale-mul", node.where, f"{node.op_type} by a constant between quantizer and {product.where}",
+                "slow", "scale-mul", node.where,
+                f"{node.op_type} by a constant between quantizer and {subject.site(product)}",
                 "multiply in front of the quantizer",
             )
 
@@ -175,7 +176,7 @@ def detached_quantizer(subject: Subject) -> Iterator[Finding]:
             if graph.is_constant(node.input(0)):
                 continue
             yield Finding(
-                "refused", "detached-quantizer", product.where,
+                "refused", "detached-quantizer", subject.site(product),
                 f"{moved.op_type} between the quantizer and the product: the compiler cannot infer its type",
                 "quantize right in front of the product",
             )
@@ -214,6 +215,6 @@ def weight_axis(subject: Subject) -> Iterator[Finding]:
             wanted = 1
         if axis != wanted:
             yield Finding(
-                "slow", "weight-axis", product.where, f"weight scales along axis {axis}: computes in float",
+                "slow", "weight-axis", subject.site(product), f"weight scales along axis {axis}: computes in float",
                 f"one scale per output channel, axis {wanted}",
             )

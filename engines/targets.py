@@ -7,6 +7,7 @@ report of it.  There is no open-ended target: an unknown name is an error.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -250,10 +251,5 @@ def version_fits(profile: Target, version: str) -> bool:
 
 def parse_version(version: str) -> tuple[int, ...]:
     """The leading numbers of a version, for comparison."""
-    parts = []
-    for part in version.split("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        if not digits:
-            break
-        parts.append(int(digits))
-    return tuple(parts)
+    found = re.match(r"\d+(\.\d+)*", version.strip())
+    return tuple(int(part) for part in found.group().split(".")) if found else ()

@@ -311,6 +311,10 @@ class Lowering:
         tied = {name for name in left if self.graph.initializers[name].uses()}
         if self.options.quantization and left - kept - tied:
             raise _broken("float weights of quantized sites", ", ".join(sorted(left - kept - tied)), "none of them")
+        if self.options.quantization:
+            found, wanted = sum(map(_is_integer_product, self.graph)), len(self.places)
+            if found != wanted:
+                raise _broken("integer products", str(found), f"{wanted}, one per quantized site")
         missed = set(self.table.tensors) - self._consumed - unused
         if self.options.quantization and missed:
             raise _broken("scales", f"unused scales of {', '.join(sorted(missed))}", "every scale used")
@@ -321,6 +325,16 @@ def describe(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None)
     if dtype is not None:
         value.type = ir.TensorType(dtype)
     value.shape = shape
+
+
+def _is_integer_product(node: ir.Node) -> bool:
+    """Whether a node is a product of two quantized operands, in either dialect."""
+    if node.op_type in ("MatMulIntegerToFloat", "QLinearConv"):
+        return True
+    if node.op_type not in OPERATOR.values():
+        return False
+    producers = [value.producer() if value is not None else None for value in node.inputs]
+    return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
 
 
 def _broken(where: str, found: str, wanted: str) -> ExportError:

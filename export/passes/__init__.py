@@ -16,6 +16,7 @@ from quantempo.export.passes.share_subexpressions import ShareConstants, ShareSu
 from quantempo.export.passes.slice_of_concat import SliceOfConcat
 from quantempo.export.passes.split_conv_bias import SplitConvBias
 from quantempo.export.passes.split_sequences import SplitSequences
+from quantempo.export.passes.unsqueeze_before_split import UnsqueezeBeforeSplit
 from quantempo.export.passes.weights import FoldWeightTransposes, GemmToMatMul
 
 __all__ = ["GraphPass", "GroupNormToInstanceNorm", "Violation", "normal_form", "run_passes"]
@@ -46,6 +47,7 @@ def normal_form(output_channels: int | None = None) -> tuple[GraphPass, ...]:
         SliceOfConcat(),
         CollapseTransposes(),
         MergeAttentionScales(),
+        UnsqueezeBeforeSplit(),
         *cut,
         RemoveNoOps(),
         RemoveDead(),

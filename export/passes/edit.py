@@ -101,15 +101,14 @@ def insert_node(
     return node
 
 
-def replace_value(old: ir.Value, new: ir.Value) -> None:
+def replace_value(old: ir.Value, new: ir.Value, keep_name: bool = False) -> None:
     """Let every reader of `old`, and the graph's outputs, read `new`.
 
-    A value that has no name yet takes the old one, so that names stay what calibration knows; a graph output always
-    keeps its name.
+    With `keep_name` the new value takes the old one's name, by which calibration knows it; a graph output always does.
     """
     if old.is_graph_output() and (new.is_graph_input() or new.is_initializer() or new.is_graph_output()):
         return
-    if old.is_graph_output() or new.name is None:
+    if old.is_graph_output() or keep_name:
         name, old.name = old.name, None
         new.name = name
     if old.shape is not None and (new.shape is None or old.is_graph_output()):

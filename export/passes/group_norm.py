@@ -57,6 +57,6 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> int:
     affine = [value, *node.inputs[1:3], mean, variance]
     value = insert_node(node, "BatchNormalization", affine, {"epsilon": 0.0}).outputs[0]
     value.shape = source.shape
-    replace_value(node.outputs[0], value)
+    replace_value(node.outputs[0], value, keep_name=True)
     drop_node(node)
     return 1

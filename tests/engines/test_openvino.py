@@ -195,7 +195,8 @@ def test_compiled_graphs_are_kept_in_the_engine_cache(
 
 
 def test_a_graph_of_another_dialect_is_refused_in_openvinos_own_words(toy: Toy) -> None:
-    with pytest.raises(EngineError, match=r"(?s)Conversion is failed for: .*QLinearConv.*wanted a graph that OpenVINO opens"):
+    words = r"(?s)Conversion is failed for: .*QLinearConv.*wanted a graph that OpenVINO opens"
+    with pytest.raises(EngineError, match=words):
         open_engine("openvino", toy.file("ort"), ONE)
 
 

@@ -14,6 +14,7 @@ from quantempo.export.passes.remove_dead import RemoveDead
 from quantempo.export.passes.remove_no_ops import RemoveNoOps
 from quantempo.export.passes.split_conv_bias import SplitConvBias
 from quantempo.export.passes.split_sequences import SplitSequences
+from quantempo.export.passes.unsqueeze_before_split import UnsqueezeBeforeSplit
 from quantempo.export.passes.weights import FoldWeightTransposes, GemmToMatMul
 
 
@@ -114,6 +115,31 @@ def test_uneven_chunks_and_negative_indices():
         y = SequenceAt(parts, last)
     }""")
     assert change(model, [SplitSequences()], {"x": normal(3, 10)}) == 0
+
+
+SPLIT = """g (float[batch, 6] x) => (float[batch, 1, 3] y) <
+    int64[2] sizes = {3, 3}, int64[1] one = {%d}, int64[1] other = {%d}
+> {
+    a, b = Split <axis = -1> (x, sizes)
+    c = Unsqueeze(a, one)
+    d = Unsqueeze(b, other)
+    y = Sub(c, d)
+}"""
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, -2), (0, 0), (2, -1)])
+def test_parts_of_a_split_are_unsqueezed_once(first, second):
+    model = graph_of(SPLIT % (first, second))
+    model.graph.outputs[0].shape = ir.Shape([None, None, None])
+    assert change(model, [UnsqueezeBeforeSplit()], {"x": normal(3, 6)}) == 0
+    assert ops(model) == {"Unsqueeze": 1, "Split": 1, "Sub": 1}
+
+
+def test_parts_with_different_axes_keep_their_own():
+    model = graph_of(SPLIT % (0, 1))
+    model.graph.outputs[0].shape = ir.Shape([None, None, None])
+    assert change(model, [UnsqueezeBeforeSplit()], {"x": normal(3, 6)}) == 0
+    assert ops(model)["Unsqueeze"] == 2
 
 
 def test_permuting_einsum_becomes_transpose():
