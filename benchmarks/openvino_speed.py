@@ -90,9 +90,9 @@ def measure(folder: Path, feeds: Feeds, timing: Timing) -> dict[str, Any]:
     """Verdicts of all pairs, start-up times, and how close INT8 is to float."""
 
     def variant(label: str, file: str, backend: str = "openvino", **settings: str) -> Variant:
-        extra = GROUP if file in ("portable", "ort") else {}
+        inputs = {**feeds, **(GROUP if file in ("portable", "ort") else {})}
         options = EngineOptions(threads=1, settings=settings)
-        return Variant(label, backend, lambda: open_engine(backend, folder / f"{file}.onnx", options), {**feeds, **extra})
+        return Variant(label, backend, lambda: open_engine(backend, folder / f"{file}.onnx", options), inputs)
 
     narrow = {"precision": "bf16"}
     groups = variant("int8, bf16 rest", "portable", **narrow)

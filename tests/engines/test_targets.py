@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,13 @@ def test_versions_are_compared_by_number(version: str, fits: bool) -> None:
 def test_local_versions_and_build_suffixes_do_not_matter() -> None:
     assert parse_version("2026.4.1-22000-abc+cpu")[:3] == (2026, 4, 1)
     assert parse_version("1.31.1rc1")[:2] == (1, 31)
+
+
+def test_the_page_is_what_the_profiles_say() -> None:
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("targets_page", root / "tools" / "targets_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (root / "docs" / "targets.md").read_text() == tool.page(), "run: python tools/targets_page.py"
