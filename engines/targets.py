@@ -82,13 +82,13 @@ _SLOW_QDQ = KnownBad(
     "the INT8 engine is slower than the FP16 one", "NVIDIA/TensorRT#3724, NVIDIA/TensorRT#2905", "tiny-product",
 )
 _ZERO_POINT = KnownBad(
-    "UINT8 or non-zero zero points, DynamicQuantizeLinear", "the parser refuses the graph", "NVIDIA/TensorRT#3963",
-    "zero-point",
+    "UINT8 or non-zero zero points, DynamicQuantizeLinear", "the parser refuses the graph",
+    "NVIDIA/TensorRT#4698, NVIDIA/TensorRT#3963", "zero-point",
 )
 _SCALE = KnownBad("a scale that is not above zero", "the parser aborts", "NVIDIA-AI-IOT/Lidar_AI_Solution#182", "scale")
 _BIAS = KnownBad(
-    "a bias stored as INT32 with a DequantizeLinear", "the parser refuses the node", "NVIDIA/TensorRT#3360",
-    "int32-bias",
+    "a bias stored as INT32 with a DequantizeLinear", "the parser refuses the node",
+    "onnx/onnx-tensorrt#850, microsoft/onnxruntime#14229", "int32-bias",
 )
 _RMS = KnownBad(
     "RMSNormalization (opset 23)", "the parser has no importer before 10.15", "NVIDIA/TensorRT#4639", "operator-set"
@@ -114,18 +114,22 @@ _ORIN_DQ = KnownBad(
     "Orin's compiler cannot infer the type; Thor's can", "NVIDIA/TensorRT#4832", "detached-quantizer",
 )
 _JETSON = KnownBad(
-    "FP8 or FP4 on Orin", "engines cannot be built: the GPU has no such type", "NVIDIA/TensorRT#4494", "number-format"
+    "FP8 or FP4 on Orin", "engines cannot be built: the GPU has no such type", "NVIDIA/Isaac-GR00T#575",
+    "number-format",
 )
 _NO_FP8 = KnownBad(
-    "FP8 on Ampere or Turing", "fails late or runs slower than FP16", "NVIDIA/Model-Optimizer#70", "number-format"
+    "FP8 on Ampere or Turing", "the build ends in an error", "NVIDIA/Model-Optimizer#70", "number-format"
+)
+_FLAGS = KnownBad(
+    "FP8 or FP4 asked for with builder flags instead of types in the graph", "computes in float without a word",
+    "NVIDIA/TensorRT#4590",
 )
 _COMMON = (_SLOW_QDQ, _ZERO_POINT, _SCALE, _BIAS, _ATTENTION)
 
-_INT8: tuple[NumberFormat, ...] = ("int8", "int8-weights", "int4-weights", "float16", "float32")
-_FP8: tuple[NumberFormat, ...] = ("fp8", "int8", "int8-weights", "int4-weights", "float16", "bfloat16", "float32")
-_Graphs = tuple[tuple[Dialect, FloatType], ...]
-_HALF: _Graphs = (("portable", "float16"), ("portable", "bfloat16"), ("portable", "float32"))
-_HALF_FP8: _Graphs = (("fp8", "float16"), ("fp8", "bfloat16"), *_HALF)
+_FLOATS: tuple[FloatType, ...] = ("float16", "bfloat16", "float32")
+_TURING: tuple[NumberFormat, ...] = ("int8", "int8-weights", "int4-weights", "float16", "float32")
+_AMPERE: tuple[NumberFormat, ...] = (*_TURING[:4], "bfloat16", "float32")
+_FP8: tuple[NumberFormat, ...] = ("fp8", *_AMPERE)
 _DATA_CENTER = ("10.13", "12")
 _RTX = ("1.4", "2")
 
@@ -136,10 +140,6 @@ _CPU = Target(
         KnownBad(
             "U8 activations and 8-bit weights without VNNI", "sums saturate: wrong numbers",
             "microsoft/onnxruntime#6004, microsoft/onnxruntime#14642", "saturation",
-        ),
-        KnownBad(
-            "a quantized product with a bias of rank 1", "becomes a float Gemm, and its weights are dequantized",
-            "microsoft/onnxruntime#20052", "bias-rank",
         ),
         KnownBad("FP8 quantizers", "the session cannot be made", "microsoft/onnxruntime#22269", "number-format"),
         KnownBad("INT8 graphs without fusion", "slower than float32", "microsoft/onnxruntime#20052", "unfused"),
@@ -161,14 +161,17 @@ _OPENVINO = Target(
 def _gpu(
     name: str, title: str, capability: str, formats: tuple[NumberFormat, ...], *known_bad: KnownBad, rtx: bool = False
 ) -> Target:
+    floats = tuple(kind for kind in _FLOATS if kind in formats)
+    dialects: tuple[Dialect, ...] = ("fp8", "portable") if "fp8" in formats else ("portable",)
+    graphs = tuple((dialect, kind) for dialect in dialects for kind in floats if dialect == "portable" or kind != "float32")
     return Target(
-        name, title, "tensorrt_rtx" if rtx else "tensorrt", formats, _HALF_FP8 if "fp8" in formats else _HALF,
+        name, title, "tensorrt_rtx" if rtx else "tensorrt", formats, graphs,
         (13, 24), "tensorrt_rtx" if rtx else "tensorrt", _RTX if rtx else _DATA_CENTER, capability,
         known_bad=(*_COMMON, *known_bad) if rtx else (*_COMMON, _RMS, _GROUP_NORM_ONE, _PLAN, *known_bad),
     )
 
 
-_ORIN = _gpu("orin-jp7", "Jetson Orin, JetPack 7", "8.7", _INT8, _ORIN_DQ, _JETSON)
+_ORIN = _gpu("orin-jp7", "Jetson Orin, JetPack 7", "8.7", _AMPERE, _ORIN_DQ, _JETSON)
 _BLACKWELL: tuple[NumberFormat, ...] = ("nvfp4", *_FP8)
 _TARGETS = {
     target.name: target
@@ -177,7 +180,7 @@ _TARGETS = {
         _OPENVINO,
         replace(
             _ORIN, name="orin-jp6", title="Jetson Orin, JetPack 6", versions=("10.3", "10.14"), opset=(13, 21),
-            graphs=(("portable", "float16"), ("portable", "float32")),
+            formats=_TURING, graphs=(("portable", "float16"), ("portable", "float32")),
             known_bad=(*_COMMON, _RMS, _GROUP_NORM, _ORIN_DQ, _JETSON, _PLAN),
             notes=(
                 "TensorRT 10.3 documents opset 9 to 20; of opset 21 it reads the quantizers.",
@@ -185,13 +188,13 @@ _TARGETS = {
             ),
         ),
         replace(_ORIN, versions=("10.13", "12"), notes=("TensorRT 11.2 and 11.3 do not exist for Jetson.",)),
-        _gpu("thor", "Jetson Thor", "11.0", _BLACKWELL),
-        _gpu("ampere", "A100, A10, A30, A40", "8.0", (*_INT8[:4], "bfloat16", "float32"), _NO_FP8),
+        _gpu("thor", "Jetson Thor", "11.0", _BLACKWELL, _FLAGS),
+        _gpu("ampere", "A100, A10, A30, A40", "8.0", _AMPERE, _NO_FP8),
         _gpu("ada", "L4, L40, RTX 6000 Ada", "8.9", _FP8),
         _gpu("hopper", "H100, H200", "9.0", _FP8),
         _gpu("blackwell", "B100, B200", "10.0", _BLACKWELL),
-        _gpu("rtx-turing", "GeForce RTX 20", "7.5", _INT8, _NO_FP8, rtx=True),
-        _gpu("rtx-ampere", "GeForce RTX 30", "8.6", (*_INT8[:4], "bfloat16", "float32"), _NO_FP8, rtx=True),
+        _gpu("rtx-turing", "GeForce RTX 20", "7.5", _TURING, _NO_FP8, rtx=True),
+        _gpu("rtx-ampere", "GeForce RTX 30", "8.6", _AMPERE, _NO_FP8, rtx=True),
         _gpu("rtx-ada", "GeForce RTX 40", "8.9", _FP8, rtx=True),
         _gpu("rtx-blackwell", "GeForce RTX 50", "12.0", _BLACKWELL, rtx=True),
     )

@@ -45,6 +45,7 @@ def test_each_profile_is_complete(name: str) -> None:
     assert profile.versions[0]
     assert bool(profile.capability) == profile.tensorrt
     assert ("fp8" in profile.formats) == any(dialect == "fp8" for dialect, _ in profile.graphs)
+    assert {kind for _, kind in profile.graphs} <= set(profile.formats)
     assert version_fits(profile, profile.versions[0])
     for bad in profile.known_bad:
         owner, _, number = bad.thread.split(",")[0].partition("#")
