@@ -130,8 +130,6 @@ _FLOATS: tuple[FloatType, ...] = ("float16", "bfloat16", "float32")
 _TURING: tuple[NumberFormat, ...] = ("int8", "int8-weights", "int4-weights", "float16", "float32")
 _AMPERE: tuple[NumberFormat, ...] = (*_TURING[:4], "bfloat16", "float32")
 _FP8: tuple[NumberFormat, ...] = ("fp8", *_AMPERE)
-_DATA_CENTER = ("10.13", "12")
-_RTX = ("1.4", "2")
 
 _CPU = Target(
     "cpu", "this CPU, ONNX Runtime", "ort", ("int8", "int8-weights", "float32"),
@@ -163,11 +161,17 @@ def _gpu(
 ) -> Target:
     floats = tuple(kind for kind in _FLOATS if kind in formats)
     dialects: tuple[Dialect, ...] = ("fp8", "portable") if "fp8" in formats else ("portable",)
-    graphs = tuple((dialect, kind) for dialect in dialects for kind in floats if dialect == "portable" or kind != "float32")
+    pairs = ((dialect, kind) for dialect in dialects for kind in floats)
+    graphs = tuple(pair for pair in pairs if pair != ("fp8", "float32"))
+    if rtx:
+        return Target(
+            name, title, "tensorrt_rtx", formats, graphs, (13, 24), "tensorrt_rtx", ("1.4", "2"), capability,
+            known_bad=(*_COMMON, *known_bad),
+            notes=("Quantized graphs build and keep integer products; how fast they are was not measured by us.",),
+        )
     return Target(
-        name, title, "tensorrt_rtx" if rtx else "tensorrt", formats, graphs,
-        (13, 24), "tensorrt_rtx" if rtx else "tensorrt", _RTX if rtx else _DATA_CENTER, capability,
-        known_bad=(*_COMMON, *known_bad) if rtx else (*_COMMON, _RMS, _GROUP_NORM_ONE, _PLAN, *known_bad),
+        name, title, "tensorrt", formats, graphs, (13, 24), "tensorrt", ("10.13", "12"), capability,
+        known_bad=(*_COMMON, _RMS, _GROUP_NORM_ONE, _PLAN, *known_bad),
     )
 
 

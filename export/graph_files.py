@@ -25,6 +25,8 @@ from quantempo.errors import ExportError, OutputExists
 INLINE_BYTES = 1024
 ALIGNMENT = 4096
 CHUNK_BYTES = 1 << 24
+Graph = ir.Model
+"""A graph in memory, for code that hands graphs on without looking into them."""
 STRIPPED_METADATA = ("pkg.torch.", "pkg.onnxscript.")
 """Prefixes of the exporters' own metadata: it holds source paths of the machine that exported."""
 
@@ -62,6 +64,11 @@ def write_graphs(folder: Path, graphs: Mapping[str, ir.Model]) -> dict[str, Grap
             written[name] = _write_graph(files, name, graphs[name])
         files.commit()
     return written
+
+
+def load_graph(path: Path) -> Graph:
+    """A graph from its file; large weights stay there, mapped, until they are read."""
+    return ir.load(path)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from quantempo.runtime.request import Request
 from quantempo.runtime.session import Session
 
 if TYPE_CHECKING:
-    import onnx_ir
+    from quantempo.export.graph_files import Graph
 
 ENGINE = "ort"
 STATISTICS = "report/statistics.safetensors"
@@ -79,10 +79,10 @@ class Exported:
     class_name: str
     digest: str
     denoiser: Denoiser
-    graph: onnx_ir.Model
+    graph: Graph
     graph_digest: str
     decoder: Decoder
-    decoder_graph: onnx_ir.Model | None
+    decoder_graph: Graph | None
     scheduler: str
     scheduler_digest: str
     scheduler_json: bytes
@@ -119,8 +119,14 @@ def compile_model(
     recipe, progress, out = recipe or Recipe(), progress or SilentProgress(), Path(out).absolute()
     check_target(out, overwrite)
     method_named(recipe.range_method)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=out.parent) as folder:
+    if plan_file is not None and not plan_file.is_file():
+        raise PlanError(
+            f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
+            remedy="give the plan.json of a bundle of this model, as it is or edited",
+        )
+    # Beside the output where its folder exists, so that moving is cheap; else above it, so that an error leaves no folder.
+    nearby = next(parent for parent in out.parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=nearby) as folder:
         work = Path(folder)
         exported = _export(Path(model), scheduler, recipe, work, progress)
         if recipe.precision == "float32":
@@ -146,17 +152,16 @@ def _compile_extra() -> None:
     """Ask for the extra in our words before some import asks for a package in its own."""
     import importlib.util
 
-    for package in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy"):
+    for package in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra("compile", package=package, extra="compile,cpu")
 
 
 def _export(model: Path, scheduler: Path | None, recipe: Recipe, work: Path, progress: Progress) -> Exported:
     _compile_extra()
-    import onnx_ir
-
     from quantempo.export.decoder import trace_decoder
     from quantempo.export.families import family_of
+    from quantempo.export.graph_files import load_graph
     from quantempo.export.sampler import load_scheduler, scheduler_identity, trace_programs
     from quantempo.export.source import open_source
     from quantempo.export.trace import load_denoiser, trace_module, verify_denoiser
@@ -175,11 +180,11 @@ def _export(model: Path, scheduler: Path | None, recipe: Recipe, work: Path, pro
     if source.vae is not None:
         with progress.stage("trace decoder"):
             traced, decoder = trace_decoder(source.vae, work, _run_graph, sample_shape=family.sample_shape)
-            decoder_graph = onnx_ir.load(traced.path)
+            decoder_graph = load_graph(traced.path)
     name, identity = scheduler_identity(stock)
     return Exported(
         name=source.name, class_name=source.class_name, digest=source.digest, denoiser=family.denoiser(),
-        graph=onnx_ir.load(graph.path), graph_digest=graph.digest, decoder=decoder, decoder_graph=decoder_graph,
+        graph=load_graph(graph.path), graph_digest=graph.digest, decoder=decoder, decoder_graph=decoder_graph,
         scheduler=name, scheduler_digest=identity, programs=programs,
         scheduler_json=(source.scheduler / "scheduler_config.json").read_bytes(),
     )
@@ -321,8 +326,8 @@ def trace_scheduler(scheduler: Path, steps: int) -> StepProgram:
 
 
 def lower_graphs(
-    graph: onnx_ir.Model, plan: QuantPlan, table: ScaleTable, method: str, dialects: Iterable[str]
-) -> dict[str, onnx_ir.Model]:
+    graph: Graph, plan: QuantPlan, table: ScaleTable, method: str, dialects: Iterable[str]
+) -> dict[str, Graph]:
     """Quantized graphs by name, from one set of quantized weights."""
     from quantempo.export.lower_ort import lower_ort
     from quantempo.export.lower_portable import lower_portable
@@ -360,7 +365,7 @@ def _write_float(exported: Exported, recipe: Recipe, out: Path, overwrite: bool)
 def _write_common(
     writer: BundleWriter,
     exported: Exported,
-    graphs: Mapping[str, onnx_ir.Model],
+    graphs: Mapping[str, Graph],
     denoiser: Denoiser,
     recipe: Recipe,
 ) -> Manifest:
@@ -391,7 +396,7 @@ def _write_common(
     )
 
 
-def _entry(name: str, model: onnx_ir.Model, file: str, data: Sequence[str]) -> GraphEntry:
+def _entry(name: str, model: Graph, file: str, data: Sequence[str]) -> GraphEntry:
     from quantempo.export.graph_files import specs
 
     variant, _, dialect = name.partition(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quantempo.errors import PlanError
+from quantempo.errors import PlanError, nearest
 
 RECIPE_VERSION = 1
 
@@ -55,6 +55,9 @@ class Recipe:
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
+        for field, known in (("precision", ("int8", "float32")), ("weight_method", ("mse", "minmax"))):
+            if getattr(self, field) not in known:
+                raise _refuse(field, getattr(self, field), " or ".join(known), nearest(str(getattr(self, field)), known))
         if not 2 <= self.activation_bits <= 8:
             raise _refuse("activation_bits", self.activation_bits, "2 to 8", "take 8; fewer are simulated")
         if not self.steps or min(self.steps) < 1:

@@ -149,14 +149,12 @@ def session_with_table(subject: Subject, table: ScaleTable, options: ReportOptio
     """A session of the same bundle with another scale table."""
     import dataclasses
 
-    import onnx_ir
-
-    from quantempo.export.graph_files import write_graphs
+    from quantempo.export.graph_files import load_graph, write_graphs
 
     source = subject.reference.path(subject.reference.manifest.graphs["full.float-f32"].file)
     method = str(_recipe_field(subject.bundle, "weight_method", "mse"))
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        graphs = lower_graphs(onnx_ir.load(source), subject.plan, table, method, ("ort",))
+        graphs = lower_graphs(load_graph(source), subject.plan, table, method, ("ort",))
         (written,) = write_graphs(Path(folder), graphs).values()
 
         def open_variant(path: Path, given: EngineOptions) -> Engine:
@@ -196,8 +194,8 @@ class Speed:
 
 
 def measure_speed(quantized: Session, floating: Session, options: ReportOptions) -> Speed:
-    """Time both sessions in alternation on whole runs of ten steps at batch 1 with guidance."""
-    steps = 10
+    """Time both sessions in alternation on whole runs of ten steps (or what the bundle has) at batch 1 with guidance."""
+    steps = min(quantized.bundle.steps, key=lambda count: abs(count - 10))
     labels = [0] if quantized.manifest.denoiser.classes else None
 
     def once(session: Session) -> tuple[float, float]:

@@ -13,8 +13,8 @@ from quantempo.contracts.codec import canonical_json, from_data, parse_json
 from quantempo.engines.cache import (
     ENTRY_NAME,
     SINGLE_NAME,
-    Entry,
     EngineCache,
+    Entry,
     KeyParts,
     check_private,
     differences,
