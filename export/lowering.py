@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from quantempo.contracts.plan import Keep, Quantize, QuantPlan, Site
 from quantempo.contracts.table import ScaleTable, TensorScales
 from quantempo.errors import ExportError, NoSites, PlanError, ScaleMissing
-from quantempo.export.weights import QuantizedWeight, output_axis, quantize_weights, weight_tensor
+from quantempo.export.weights import SCALE, VALUES, QuantizedWeight, output_axis, quantize_weights, weight_tensor
 
 GROUP_INPUT = "scale_group"
 """Name of the graph input that chooses the row of every scale table; int64, shape `()`."""
@@ -300,8 +300,8 @@ class Lowering:
         """INT8 values and scale of a site's weight, as initializers."""
         weight = self.weights[site.weight]
         return (
-            self.constant(f"{site.weight}.int8", weight.values),
-            self.constant(f"{site.weight}.scale", weight.scale),
+            self.constant(f"{site.weight}{VALUES}", weight.values),
+            self.constant(f"{site.weight}{SCALE}", weight.scale),
         )
 
     def _check(self, unused: set[str]) -> None:

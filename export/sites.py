@@ -178,6 +178,50 @@ def default_plan(
     return QuantPlan(model=digest, sites=found, decisions=decisions)
 
 
+def check_plan(plan: QuantPlan, model: ir.Model, where: str) -> None:
+    """Refuse a plan, from outside or edited, that does not fit the graph or itself.
+
+    Args:
+        plan: bound to this graph by its digest, as the caller has checked.
+        model: a graph in normal form.
+        where: the plan's file, for messages.
+
+    Raises:
+        PlanError: sites that are not the graph's, a site without a decision, a decision without a site, or a `Share`
+            with a site that does not quantize the same tensor.
+        NoSites: nothing would be quantized.
+    """
+
+    def refuse(place: str, found: str, wanted: str) -> PlanError:
+        return PlanError(
+            f"{where}: {place}", found=found, wanted=wanted, cause="a slip while the plan was edited",
+            remedy="edit decisions alone, starting from the plan.json of a fresh compile",
+        )
+
+    sites = {site.id: site for site in plan.sites}
+    strange = sorted(site.id for site in set(plan.sites) ^ set(find_sites(model)))
+    if strange or len(sites) != len(plan.sites):
+        raise refuse("sites", f"other sites than in the graph ({', '.join(strange[:3])})", "the sites as they were")
+    for name in sorted(sites.keys() ^ plan.decisions.keys()):
+        if name in sites:
+            raise refuse("decisions", f"no decision for the site {name!r}", "one for every site")
+        raise refuse(f"decisions.{name}", "a decision for a site that is not there", nearest(name, sites))
+    for name, decision in sorted(plan.decisions.items()):
+        if isinstance(decision, Share):
+            owner = sites.get(decision.site)
+            fits = owner is not None and isinstance(plan.decisions[decision.site], Quantize)
+            if owner is None or not fits or owner.tensor != sites[name].tensor:
+                raise refuse(
+                    f"decisions.{name}", f"a share with {decision.site!r}",
+                    "a site that quantizes the same tensor by itself",
+                )
+    if not plan.quantized():
+        raise NoSites(
+            where, found=f"{len(sites)} sites, none of them to be quantized", wanted="at least one",
+            cause="the plan keeps every site in float", remedy="quantize some, or compile with precision float32",
+        )
+
+
 def check_pattern(pattern: str, sites: Iterable[Site]) -> tuple[Site, ...]:
     """The sites whose module path or id a pattern matches.
 

@@ -10,7 +10,8 @@ memory needed is a few hundred kilobytes whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +21,12 @@ from numpy.typing import NDArray
 
 from quantempo.contracts.plan import Keep, QuantPlan, Site
 from quantempo.errors import PlanError
+from quantempo.export.gptq import compensated_rounding
 
 WeightMethod = Literal["minmax", "mse"]
+
+VALUES, SCALE = ".int8", ".scale"
+"""Suffixes of a quantized weight's two initializers."""
 
 SCALE_FLOOR = np.float32(2.0**-60)
 """Least weight scale.  A channel of zeros would have the scale 0, which every backend refuses."""
@@ -69,7 +74,12 @@ def output_axis(site: Site) -> int:
     return 1 if site.op == "matmul" else 0
 
 
-def quantize_weights(model: ir.Model, plan: QuantPlan, method: WeightMethod = "mse") -> dict[str, QuantizedWeight]:
+def quantize_weights(
+    model: ir.Model,
+    plan: QuantPlan,
+    method: WeightMethod = "mse",
+    grams: Mapping[str, NDArray[np.float64]] | None = None,
+) -> dict[str, QuantizedWeight]:
     """All weights that a plan wants in INT8, by initializer name.
 
     Both dialects take this one result, so that they hold the same bytes.
@@ -78,9 +88,12 @@ def quantize_weights(model: ir.Model, plan: QuantPlan, method: WeightMethod = "m
         model: float graph with the plan's sites.
         plan: quantized sites, and kept ones with INT8 storage.
         method: `minmax`, or `mse` for the clipping that loses least (never worse than `minmax`).
+        grams: `Σ x xᵀ` by activation tensor; matrix products that read one of them are rounded with compensation
+            (see `quantempo.export.gptq`), the others to the nearest.
 
     Raises:
         PlanError: a weight is missing, not finite, or asked for in two ways.
+        CalibrationError: a Gram matrix does not fit its weight.
     """
     wanted: dict[str, tuple[Site, int]] = {}
     for site in plan.sites:
@@ -98,10 +111,38 @@ def quantize_weights(model: ir.Model, plan: QuantPlan, method: WeightMethod = "m
                 cause="the plan was edited by hand",
                 remedy="give both sites the same weight_bits",
             )
-    return {
-        name: quantize_weight(weight_of(model, site), output_axis(site), bits, method, where=f"weight {name!r}")
-        for name, (site, bits) in sorted(wanted.items())
-    }
+    found = {}
+    for name, (site, bits) in sorted(wanted.items()):
+        real = weight_of(model, site)
+        found[name] = quantize_weight(real, output_axis(site), bits, method, where=f"weight {name!r}")
+        if site.op == "matmul" and grams is not None and site.tensor in grams:
+            values = compensated_rounding(real, grams[site.tensor], found[name].scale, 2 ** (bits - 1) - 1)
+            found[name] = dataclasses.replace(found[name], values=values)
+    return found
+
+
+def stored_weights(model: ir.Model, plan: QuantPlan) -> dict[str, QuantizedWeight]:
+    """The weights that an `ort` or `portable` graph of this plan holds, so that it can be lowered again with other
+    activation scales.
+
+    Raises:
+        PlanError: the graph was made from another plan.
+    """
+    found = {}
+    constants = model.graph.initializers
+    for site in plan.quantized():
+        values, scale = constants.get(f"{site.weight}{VALUES}"), constants.get(f"{site.weight}{SCALE}")
+        if values is None or scale is None or values.const_value is None or scale.const_value is None:
+            raise PlanError(
+                f"weight {site.weight!r}", found="no INT8 values in the graph", wanted="those of every quantized site",
+                cause="graph and plan do not belong together", remedy="compile the bundle again",
+            )
+        integers = values.const_value.numpy()
+        dead = np.flatnonzero(~integers.any(axis=tuple(a for a in range(integers.ndim) if a != output_axis(site))))
+        found[site.weight] = QuantizedWeight(
+            integers, scale.const_value.numpy(), output_axis(site), tuple(int(i) for i in dead)
+        )
+    return found
 
 
 def weight_of(model: ir.Model, site: Site) -> NDArray[np.float32]:

@@ -8,11 +8,15 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantempo.errors import QuantempoError, RequestError
+
+if TYPE_CHECKING:
+    from quantempo.contracts.program import StepProgram
+    from quantempo.progress import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +55,7 @@ def compile_command(
     range_method: Annotated[str, typer.Option(help="How activation ranges are clipped.")] = "",
     guidance: Annotated[str, typer.Option(help="Guidance scales to calibrate on, comma-separated.")] = "",
     steps: Annotated[str, typer.Option(help="Step counts to calibrate on, comma-separated.")] = "",
-    samples: Annotated[int, typer.Option(help="Calibration samples in all, shared by guidance scales and step counts.")] = 0,
+    samples: Annotated[int, typer.Option(help="Calibration samples in all.")] = 0,
     keep: Annotated[list[str] | None, typer.Option(help="Module-path pattern to keep in float; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="The same as --keep.")] = None,
     activation_bits: Annotated[int, typer.Option(help="8, or fewer (simulated).")] = 8,
@@ -105,14 +109,14 @@ def sample(
 
     _refuse_existing(out, overwrite)
     session = quantempo.load(bundle, engine=engine, threads=threads)
-    names = [name for name in label or [] for _ in range(count)]
+    names = [_label(name) for name in label or [] for _ in range(count)]
     program = _traced(scheduler, steps or session.manifest.programs.default_steps) if scheduler else None
     result = session(
         class_labels=names or None, batch_size=None if names else count, seed=seed, rng=rng.value, program=program,
         num_inference_steps=None if program else steps or None, guidance_scale=guidance,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(result.images, columns=count if len(names) > count else 0).save(out)
+    grid(list(result.images), columns=count if len(names) > count else 0).save(out)
     typer.echo(f"wrote {out}: {len(result.images)} images, {result.timings.total:.2f} s")
 
 
@@ -155,13 +159,18 @@ def demo(out: Out = Path("quantempo-demo"), overwrite: Overwrite = False, thread
     typer.echo(run_demo(out, overwrite=overwrite, threads=threads, progress=_progress()))
 
 
-def _traced(scheduler: Path, steps: int):  # type: ignore[no-untyped-def]
+def _label(word: str) -> int | str:
+    """A class label as typed: a number is a number, anything else a name."""
+    return int(word) if word.removeprefix("-").isdecimal() else word
+
+
+def _traced(scheduler: Path, steps: int) -> StepProgram:
     from quantempo.pipeline import trace_scheduler
 
     return trace_scheduler(scheduler, steps)
 
 
-def _progress():  # type: ignore[no-untyped-def]
+def _progress() -> Progress:
     from quantempo.progress import console_progress
 
     return console_progress()

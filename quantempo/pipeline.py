@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from quantempo import __version__
 from quantempo.calib.collect import StatsCollector
-from quantempo.calib.partition import Evidence, choose_partition
+from quantempo.calib.gram import GramCollector
+from quantempo.calib.partition import Evidence, choose_partition, parse_groups
 from quantempo.calib.ranges import method_named
 from quantempo.calib.tables import build_table
 from quantempo.calib.trajectories import (
@@ -46,6 +47,7 @@ from quantempo.runtime.session import Session
 
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
+    from quantempo.export.weights import QuantizedWeight
 
 ENGINE = "ort"
 STATISTICS = "report/statistics.safetensors"
@@ -69,6 +71,14 @@ class CompileSummary:
             f"wrote {self.bundle.root}: {size / 1e6:.1f} MB, {self.quantized} of {self.sites} sites quantized, "
             f"{self.groups} scale groups, programs for {len(self.bundle.steps)} step counts"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the trajectories taught: statistics per (tensor, timestep), and Gram matrices per tensor."""
+
+    statistics: StatsCollector
+    grams: Mapping[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +129,13 @@ def compile_model(
     recipe, progress, out = recipe or Recipe(), progress or SilentProgress(), Path(out).absolute()
     check_target(out, overwrite)
     method_named(recipe.range_method)
+    parse_groups(recipe.groups)
     if plan_file is not None and not plan_file.is_file():
         raise PlanError(
             f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
             remedy="give the plan.json of a bundle of this model, as it is or edited",
         )
-    # Beside the output where its folder exists, so that moving is cheap; else above it, so that an error leaves no folder.
+    # Beside the output where its folder exists, so that moving is cheap; else above it: an error leaves no folder.
     nearby = next(parent for parent in out.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=nearby) as folder:
         work = Path(folder)
@@ -135,15 +146,16 @@ def compile_model(
         plan = _plan(exported, recipe, plan_file)
         reference = _write_float(exported, recipe, work / "reference", overwrite=False)
         with progress.stage("calibrate") as advance:
-            collector = calibrate(reference, plan, recipe, arrays=arrays, progress=advance)
+            collected = calibrate(reference, plan, recipe, arrays=arrays, progress=advance)
         with progress.stage("scales"):
-            table = scale_table(collector, plan, recipe.groups, recipe.range_method)
+            table = scale_table(collected.statistics, plan, recipe.groups, recipe.range_method)
         with progress.stage("lower and write"), BundleWriter(out, overwrite=overwrite) as writer:
-            manifest = _write_quantized(writer, exported, plan, table, recipe)
+            weights = _weights(exported, plan, recipe, collected)
+            manifest = _write_quantized(writer, exported, plan, table, weights, recipe)
             if recipe.reference:
                 shutil.move(work / "reference", writer.root / "reference")
                 (writer.root / STATISTICS).parent.mkdir()
-                collector.save(writer.root / STATISTICS)
+                collected.statistics.save(writer.root / STATISTICS)
             bundle = writer.finish(manifest)
     return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups)
 
@@ -199,7 +211,7 @@ def _run_graph(path: Path, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
 
 
 def _plan(exported: Exported, recipe: Recipe, plan_file: Path | None) -> QuantPlan:
-    from quantempo.export.sites import PlanOptions, default_plan
+    from quantempo.export.sites import PlanOptions, check_plan, default_plan
 
     if plan_file is None:
         options = PlanOptions(keep=(*recipe.keep, *recipe.exclude), activation_bits=recipe.activation_bits)
@@ -211,6 +223,7 @@ def _plan(exported: Exported, recipe: Recipe, plan_file: Path | None) -> QuantPl
             wanted=f"one for {exported.graph_digest[:12]}…", cause="it was written for another model or version",
             remedy="compile without --plan, then edit the plan.json of that bundle",
         )
+    check_plan(plan, exported.graph, f"plan {plan_file}")
     return plan
 
 
@@ -221,8 +234,7 @@ def calibrate(
     *,
     arrays: Mapping[str, NDArray[Any]] | None = None,
     progress: Any = None,
-    checkpoint: Path | None = None,
-) -> StatsCollector:
+) -> Calibration:
     """Run the recipe's trajectories on a float bundle, with taps on everything that needs scales.
 
     Raises:
@@ -243,18 +255,23 @@ def calibrate(
     classes = denoiser.classes[0].count if denoiser.classes else None
     batches = plan_batches(declared, classes=classes)
     options = EngineOptions(threads=recipe.threads, extra_outputs=tensors)
+    grams = GramCollector({site.tensor for site in plan.quantized() if site.op == "matmul"})
     with Session(reference, _open_with(ENGINE), options) as session:
 
         def run_batch(batch: TrajectoryBatch, observe: Observer) -> None:
             def observer(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
-                observe(seen.call.key, {name: outputs[name].array for name in tensors})
+                taps = {name: outputs[name].array for name in tensors}
+                observe(seen.call.key, taps)
+                if recipe.weight_method == "gptq":
+                    grams.observe(taps)
 
             session.sample(
                 _request(batch, denoiser, arrays or {}), programs[batch.program], output_type="latent",
                 observer=observer,
             )
 
-        return run_calibration(batches, run_batch, StatsCollector("full", tensors), checkpoint, progress)
+        statistics = run_calibration(batches, run_batch, StatsCollector("full", tensors), progress=progress)
+    return Calibration(statistics, grams.matrices())
 
 
 def _open_with(backend: str) -> Any:
@@ -326,24 +343,41 @@ def trace_scheduler(scheduler: Path, steps: int) -> StepProgram:
 
 
 def lower_graphs(
-    graph: Graph, plan: QuantPlan, table: ScaleTable, method: str, dialects: Iterable[str]
+    graph: Graph,
+    plan: QuantPlan,
+    table: ScaleTable,
+    weights: Mapping[str, QuantizedWeight],
+    dialects: Iterable[str],
 ) -> dict[str, Graph]:
-    """Quantized graphs by name, from one set of quantized weights."""
+    """Quantized graphs by name, all with the same weights."""
     from quantempo.export.lower_ort import lower_ort
     from quantempo.export.lower_portable import lower_portable
-    from quantempo.export.weights import quantize_weights
 
-    weights = quantize_weights(graph, plan, method)  # type: ignore[arg-type]  # Recipe checked the word
     lowerings = {"ort": lower_ort, "portable": lower_portable}
     return {f"full.{name}-f32": lowerings[name](graph, plan, table, weights) for name in dialects}
 
 
+def _weights(
+    exported: Exported, plan: QuantPlan, recipe: Recipe, collected: Calibration
+) -> Mapping[str, QuantizedWeight]:
+    from quantempo.export.weights import quantize_weights
+
+    if recipe.weight_method == "gptq":
+        return quantize_weights(exported.graph, plan, "mse", collected.grams)
+    return quantize_weights(exported.graph, plan, recipe.weight_method)
+
+
 def _write_quantized(
-    writer: BundleWriter, exported: Exported, plan: QuantPlan, table: ScaleTable, recipe: Recipe
+    writer: BundleWriter,
+    exported: Exported,
+    plan: QuantPlan,
+    table: ScaleTable,
+    weights: Mapping[str, QuantizedWeight],
+    recipe: Recipe,
 ) -> Manifest:
     from safetensors.numpy import save
 
-    graphs = lower_graphs(exported.graph, plan, table, recipe.weight_method, ("ort", "portable"))
+    graphs = lower_graphs(exported.graph, plan, table, weights, ("ort", "portable"))
     denoiser = dataclasses.replace(exported.denoiser, group_input=GROUP_INPUT)
     manifest = _write_common(writer, exported, graphs, denoiser, recipe)
     check_fused(writer.root / "graphs" / "full.ort-f32.onnx", plan)

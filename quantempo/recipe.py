@@ -19,7 +19,8 @@ class Recipe:
         groups: `auto`, `single`, `uniform:G` or `optimal:G`.
         range_method: how activations are clipped; see `quantempo.calib.ranges`.
         activation_bits: 8, or fewer (simulated in 8-bit storage).
-        weight_method: `mse` or `minmax` scale search per output channel.
+        weight_method: `gptq` (scales by `mse`, then rounding that makes up for its own errors on the calibration
+            data), or plain rounding with scales by `mse` or `minmax`.
         samples: calibration trajectories in all; guidance scales and step counts share them evenly.
         batch: samples that run together.
         guidance: guidance scales that the calibration covers.
@@ -36,10 +37,10 @@ class Recipe:
 
     precision: Literal["int8", "float32"] = "int8"
     groups: str = "auto"
-    range_method: str = "clip"
+    range_method: str = "minmax"
     activation_bits: int = 8
-    weight_method: Literal["mse", "minmax"] = "mse"
-    samples: int = 128
+    weight_method: Literal["gptq", "mse", "minmax"] = "gptq"
+    samples: int = 192
     batch: int = 16
     guidance: tuple[float, ...] = (1.0, 1.5, 4.0, 7.0)
     steps: tuple[int, ...] = (20, 50)
@@ -55,9 +56,10 @@ class Recipe:
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
-        for field, known in (("precision", ("int8", "float32")), ("weight_method", ("mse", "minmax"))):
-            if getattr(self, field) not in known:
-                raise _refuse(field, getattr(self, field), " or ".join(known), nearest(str(getattr(self, field)), known))
+        for field, known in (("precision", ("int8", "float32")), ("weight_method", ("gptq", "mse", "minmax"))):
+            value = str(getattr(self, field))
+            if value not in known:
+                raise _refuse(field, value, " or ".join(known), nearest(value, known))
         if not 2 <= self.activation_bits <= 8:
             raise _refuse("activation_bits", self.activation_bits, "2 to 8", "take 8; fewer are simulated")
         if not self.steps or min(self.steps) < 1:

@@ -131,6 +131,7 @@ class TorchNoise:
         if len(generators) not in (1, batch):
             raise ValueError(f"{len(generators)} generators for {batch} samples")
         self._generators = tuple(generators)
+        self._drawn = 0
 
     @staticmethod
     def from_seeds(seeds: int | Sequence[int], batch: int) -> TorchNoise:
@@ -139,9 +140,18 @@ class TorchNoise:
         return TorchNoise([TorchGenerator(seed) for seed in each], batch)
 
     def draw(self, index: int, out: NDArray[np.float32]) -> None:
-        """See `NoiseSource.draw`; draws are consecutive, so `index` only documents them."""
+        """See `NoiseSource.draw`.
+
+        A generator's draws are consecutive.  Numbers that a program leaves out are draws that the stock scheduler makes
+        and multiplies by zero (SA-Solver does), so they are made here too.
+        """
+        while self._drawn < index - 1:
+            self._next(out.shape)
+            self._drawn += 1
+        out[...] = self._next(out.shape)
+        self._drawn = index
+
+    def _next(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if len(self._generators) == 1:
-            out[...] = self._generators[0].randn(out.shape)
-            return
-        for row, generator in enumerate(self._generators):
-            out[row] = generator.randn((1, *out.shape[1:]))[0]
+            return self._generators[0].randn(shape)
+        return np.concatenate([generator.randn((1, *shape[1:])) for generator in self._generators])

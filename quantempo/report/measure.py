@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,15 +145,17 @@ def sessions(subject: Subject, options: ReportOptions) -> Iterator[tuple[Session
 
 @contextmanager
 def session_with_table(subject: Subject, table: ScaleTable, options: ReportOptions) -> Iterator[Session]:
-    """A session of the same bundle with another scale table."""
+    """A session of the same bundle, down to the integer weights, with another scale table."""
     import dataclasses
 
     from quantempo.export.graph_files import load_graph, write_graphs
+    from quantempo.export.weights import stored_weights
 
     source = subject.reference.path(subject.reference.manifest.graphs["full.float-f32"].file)
-    method = str(_recipe_field(subject.bundle, "weight_method", "mse"))
+    quantized = subject.bundle.path(subject.bundle.manifest.graphs["full.ort-f32"].file)
+    weights = stored_weights(load_graph(quantized), subject.plan)
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        graphs = lower_graphs(load_graph(source), subject.plan, table, method, ("ort",))
+        graphs = lower_graphs(load_graph(source), subject.plan, table, weights, ("ort",))
         (written,) = write_graphs(Path(folder), graphs).values()
 
         def open_variant(path: Path, given: EngineOptions) -> Engine:
@@ -176,12 +177,6 @@ def _open(path: Path, options: EngineOptions) -> Engine:
     return open_engine(ENGINE, path, options)
 
 
-def _recipe_field(bundle: OpenBundle, name: str, default: Any) -> Any:
-    from quantempo.contracts.codec import parse_json
-
-    return parse_json(bundle.path("recipe.json").read_bytes(), "recipe.json").get(name, default)
-
-
 @dataclass(frozen=True)
 class Speed:
     """Medians over alternating rounds, in milliseconds per denoiser call of one guided sample (two rows)."""
@@ -194,7 +189,7 @@ class Speed:
 
 
 def measure_speed(quantized: Session, floating: Session, options: ReportOptions) -> Speed:
-    """Time both sessions in alternation on whole runs of ten steps (or what the bundle has) at batch 1 with guidance."""
+    """Time both sessions in alternation on whole runs of about ten steps at batch 1 with guidance."""
     steps = min(quantized.bundle.steps, key=lambda count: abs(count - 10))
     labels = [0] if quantized.manifest.denoiser.classes else None
 

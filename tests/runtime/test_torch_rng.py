@@ -37,6 +37,23 @@ def test_one_generator_draws_the_whole_batch_and_several_draw_a_sample_each() ->
     assert np.abs(second[0] - out[1]).max() <= 1e-6
 
 
+def test_draws_that_a_program_leaves_out_are_still_made() -> None:
+    every, some = TorchNoise.from_seeds(4, 2), TorchNoise.from_seeds(4, 2)
+    drawn = {index: np.empty((2, 5, 7), np.float32) for index in range(6)}
+    for index, out in drawn.items():
+        every.draw(index, out)
+    out = np.empty((2, 5, 7), np.float32)
+    for index in (0, 3, 5):
+        some.draw(index, out)
+        assert np.array_equal(out, drawn[index])
+
+
+def test_without_the_initial_draw_the_first_one_starts_the_generator() -> None:
+    out = np.empty((2, 4, 8, 8), np.float32)
+    TorchNoise.from_seeds(1, 2).draw(1, out)
+    assert np.abs(torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(1)).numpy() - out).max() <= 1e-6
+
+
 @pytest.mark.parametrize("before", [(), (3,), (100,), (524,), (2, 4, 8, 8)])
 def test_a_generator_goes_on_where_it_stands_and_is_left_where_the_run_ended(before: tuple[int, ...]) -> None:
     theirs, reference = torch.Generator().manual_seed(8), torch.Generator().manual_seed(8)

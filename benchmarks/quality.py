@@ -1,0 +1,134 @@
+"""Fidelity of the demo models: groups against the best single scale, float as the reference.
+
+    python benchmarks/quality.py --json docs/quality.json
+    python benchmarks/quality.py --samples 20 --population 0          # a quick look
+
+Compiles the demo DiT and the demo UNet, then measures same-seed PSNR on held-out seeds at several guidance scales,
+step counts and schedulers, all from one calibration, and accuracy and Fréchet distance over a large population.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantempo.contracts.program import StepProgram
+from quantempo.demo import DEMO_RECIPE, JUDGE, MODEL
+from quantempo.pipeline import compile_model
+from quantempo.progress import console_progress
+from quantempo.recipe import Recipe
+from quantempo.report.measure import (
+    Fidelity,
+    ReportOptions,
+    Sampler,
+    measure_populations,
+    open_judge,
+    open_subject,
+    session_with_table,
+    sessions,
+    single_scale_tables,
+)
+from quantempo.runtime.session import Session
+
+ROOT = Path(__file__).resolve().parent.parent
+UNET = ROOT / "tests" / "models" / "unet"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to sample."""
+
+    name: str
+    guidance: float
+    steps: int = 20
+    scheduler: str = ""
+
+    def program(self, session: Session) -> StepProgram | None:
+        """The program of another scheduler; `None` for the bundle's own."""
+        if not self.scheduler:
+            return None
+        import diffusers
+
+        from quantempo.export.sampler import trace_program
+
+        config = json.loads((MODEL / "scheduler" / "scheduler_config.json").read_text())
+        stock = getattr(diffusers, self.scheduler).from_config(config)
+        return trace_program(stock, self.steps)
+
+
+CASES = (
+    Case("DDIM 20 steps, guidance 1.5", 1.5),
+    Case("DDIM 20 steps, guidance 4", 4.0),
+    Case("DDIM 10 steps, guidance 1.5", 1.5, 10),
+    Case("DDIM 50 steps, guidance 1.5", 1.5, 50),
+    Case("DDIM 10 steps, guidance 4", 4.0, 10),
+    Case("DDIM 50 steps, guidance 4", 4.0, 50),
+    Case("DPM-Solver++ 2M 20 steps, guidance 1.5", 1.5, 20, "DPMSolverMultistepScheduler"),
+    Case("DPM-Solver++ 2M 20 steps, guidance 4", 4.0, 20, "DPMSolverMultistepScheduler"),
+)
+
+
+def measure(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one bundle."""
+    subject = open_subject(bundle)
+    base = ReportOptions(samples=args.samples, population=args.population, threads=args.threads)
+    facts: dict[str, Any] = {"groups": subject.bundle.manifest.partition.groups if subject.bundle.manifest.partition else 0}
+
+    def images(session: Session, case: Case) -> Any:
+        options = ReportOptions(samples=args.samples, steps=case.steps, threads=args.threads)
+        return Sampler(session, options, case.program(session)).images(args.samples, case.guidance)
+
+    with sessions(subject, base) as (quantized, floating):
+        reference = {case.name: images(floating, case) for case in CASES}
+        rows = {
+            case.name: {"groups": asdict(Fidelity.of(images(quantized, case), reference[case.name])), "single": {}}
+            for case in CASES
+        }
+        if args.population:
+            judge = open_judge(JUDGE)
+            facts["population"] = asdict(measure_populations(quantized, floating, judge, base))
+    for method, table in single_scale_tables(subject).items():
+        with session_with_table(subject, table, base) as session:
+            for case in CASES:
+                found = Fidelity.of(images(session, case), reference[case.name])
+                rows[case.name]["single"][method] = asdict(found)
+        print(f"  single scale, {method}: done", flush=True)
+    for row in rows.values():
+        best = max(row["single"], key=lambda m: row["single"][m]["psnr_db"])
+        row["best_single"] = {"method": best, "psnr_db": row["single"][best]["psnr_db"]}
+        row["gain_db"] = row["groups"]["psnr_db"] - row["best_single"]["psnr_db"]
+    return {**facts, "samples": args.samples, "cases": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=200, help="held-out seeds")
+    parser.add_argument("--population", type=int, default=1000, help="images for accuracy and Fréchet distance")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--models", nargs="+", choices=["dit", "unet"], default=["dit", "unet"])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    sources = {"dit": (MODEL, None, DEMO_RECIPE), "unet": (UNET / "unet", UNET / "scheduler", Recipe())}
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+        for name in args.models:
+            model, scheduler, recipe = sources[name]
+            bundle = Path(folder) / name
+            summary = compile_model(model, bundle, recipe, scheduler=scheduler, progress=console_progress())
+            print(summary.text(), flush=True)
+            results[name] = measure(bundle, args)
+            for case, row in results[name]["cases"].items():
+                print(f"{name:5s} {case:42s} groups {row['groups']['psnr_db']:6.2f} dB   best single "
+                      f"{row['best_single']['psnr_db']:6.2f} dB ({row['best_single']['method']})   {row['gain_db']:+.2f}")
+            if "population" in results[name]:
+                print(f"{name:5s} {results[name]['population']}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Gram matrices of activations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantempo.calib.gram import MAX_CHANNELS, ROWS_PER_CALL, GramCollector
+
+RNG = np.random.default_rng(0)
+
+
+def test_sums_outer_products_over_calls_and_rows() -> None:
+    first, second = (RNG.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(2))
+    collector = GramCollector(["x"])
+    collector.observe({"x": first, "y": second})
+    collector.observe({"x": second})
+    rows = np.concatenate([first.reshape(-1, 8), second.reshape(-1, 8)])
+    np.testing.assert_allclose(collector.matrices()["x"], rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_large_call_are_taken_evenly() -> None:
+    values = RNG.standard_normal((8, ROWS_PER_CALL, 4)).astype(np.float32)
+    collector = GramCollector(["x"])
+    collector.observe({"x": values})
+    chosen = values.reshape(-1, 4)[::8]
+    assert len(chosen) == ROWS_PER_CALL
+    np.testing.assert_allclose(collector.matrices()["x"], chosen.T @ chosen, rtol=1e-4, atol=1e-3)
+
+
+def test_a_tensor_with_very_many_channels_is_left_out() -> None:
+    collector = GramCollector(["wide", "x"])
+    collector.observe({"wide": np.ones((1, MAX_CHANNELS + 1), np.float32), "x": np.ones((1, 2), np.float32)})
+    assert sorted(collector.matrices()) == ["x"]
+
+
+def test_a_collector_that_saw_nothing_has_no_matrices() -> None:
+    assert GramCollector(["x"]).matrices() == {}

@@ -1,0 +1,89 @@
+"""Bundles of tiny random models, compiled once per session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import tiny_models
+
+from quantempo import pipeline
+from quantempo.cli import main
+from quantempo.pipeline import CompileSummary, Exported, compile_model
+from quantempo.recipe import Recipe
+from quantempo.runtime.bundle import OpenBundle
+
+SMALL = {"samples": 8, "batch": 4, "steps": (4,), "guidance": (1.5,), "max_steps": 6, "threads": 1}
+Compile = Callable[..., CompileSummary]
+Cli = Callable[..., "tuple[int, str, str]"]
+
+
+@pytest.fixture(scope="session")
+def small() -> Recipe:
+    """A recipe that takes no time."""
+    return Recipe(**SMALL)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def dit_bundle(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> OpenBundle:
+    """The tiny DiT pipeline in INT8, compiled as users do."""
+    return compile_model(tiny_models.dit_pipeline(), tmp_path_factory.mktemp("front") / "dit", small).bundle
+
+
+@pytest.fixture(scope="session")
+def unet_bundle(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> OpenBundle:
+    """The tiny UNet in INT8, from a denoiser directory and a scheduler directory."""
+    model, out = tiny_models.unet(), tmp_path_factory.mktemp("front") / "unet"
+    return compile_model(model, out, small, scheduler=model / "scheduler").bundle
+
+
+@pytest.fixture(scope="session")
+def _traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    export, known = pipeline._export, {}
+
+    def once(model: Path, scheduler: Path | None, recipe: Recipe, _: Path, progress: Any) -> Exported:
+        key = (model, scheduler, recipe.max_steps, recipe.steps)
+        if key not in known:
+            known[key] = export(model, scheduler, recipe, tmp_path_factory.mktemp("traced"), progress)
+        return known[key]
+
+    return once
+
+
+@pytest.fixture
+def compile_tiny(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> Compile:
+    """Compile the tiny DiT with a changed recipe; all such compiles share one trace, which takes most of the time."""
+    monkeypatch.setattr(pipeline, "_export", _traced)
+
+    def compiled(out: Path, *, model: Path | None = None, scheduler: Path | None = None, plan_file: Path | None = None,
+                 overwrite: bool = False, **changes: Any) -> CompileSummary:
+        recipe = Recipe(**{**SMALL, **changes})
+        given = {"scheduler": scheduler, "plan_file": plan_file, "overwrite": overwrite}
+        return compile_model(model or tiny_models.dit_pipeline(), out, recipe, **given)  # type: ignore[arg-type]
+
+    return compiled
+
+
+@pytest.fixture
+def shared_trace(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles of one model share its trace, in the command line too."""
+    monkeypatch.setattr(pipeline, "_export", _traced)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run `quantempo ARGUMENTS`: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["quantempo", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
