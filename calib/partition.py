@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 
 MAX_GROUPS = 64
 MERGE_LOSS_DB = 0.01
-"""Predicted on tensors.  A tenth of what may be lost end to end, because the prediction leaves out how errors add up."""
+"""Predicted on tensors: a tenth of what may be lost end to end, since the prediction leaves out how errors add up."""
 MIN_SAMPLES = 8
 """A group of its own needs this many samples; a key that fewer visited joins the next one."""
 POWER_FLOOR = 1e-4

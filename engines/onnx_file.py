@@ -195,3 +195,24 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
         shift += 7
         if shift > 63:
             raise ValueError(f"a number of more than 64 bits at byte {at}")
+
+
+def check_external_files(graph: Path) -> None:
+    """Refuse a graph whose weight files are missing, or are reached through a link.
+
+    Raises:
+        UnsafePath, EngineError.
+    """
+    for name in external_files(graph):
+        # Each folder on the way counts: a link to a folder leaves the bundle as well as a link to a file.
+        steps = [graph.parent.joinpath(*Path(name).parts[: i + 1]) for i in range(len(Path(name).parts))]
+        if any(step.is_symlink() for step in steps):
+            raise UnsafePath(
+                f"{graph.name}: external data", found=f"{name!r} is a link", wanted="a plain file",
+                cause="the folder was put together by hand", remedy="copy the file to where the link is",
+            )
+        if not steps[-1].is_file():
+            raise EngineError(
+                f"{graph.name}: external data", found=f"no file {name!r}", wanted=f"it next to {graph.name}",
+                cause="the graph was copied without its weights", remedy="copy the weight file as well",
+            )

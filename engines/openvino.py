@@ -23,7 +23,6 @@ from quantempo.engines.cpu import cpu_features
 from quantempo.engines.host import HostBuffer, HostEngine, aligned_zeros, allocate
 from quantempo.engines.onnx_graph import OnnxGraph
 from quantempo.engines.onnx_reader import read_graph
-from quantempo.engines.ort import _check_data
 from quantempo.errors import EngineError, MissingExtra, nearest
 
 SETTINGS = {
@@ -97,7 +96,7 @@ def open_engine(graph: Path, options: EngineOptions) -> OpenVinoEngine:
             remedy="look at the path again",
         )
     settings = _settings(graph, options)
-    _check_data(graph)
+    onnx_file.check_external_files(graph)
     return OpenVinoEngine(graph, options, settings)
 
 

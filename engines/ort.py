@@ -18,7 +18,7 @@ from quantempo.contracts.engine import Buffer, EngineOptions, dtype_of
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.engines import onnx_file
 from quantempo.engines.host import HostBuffer, HostEngine, aligned_zeros, allocate
-from quantempo.errors import EngineError, MissingExtra, UnsafePath, nearest
+from quantempo.errors import EngineError, MissingExtra, nearest
 
 _TYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
@@ -63,7 +63,7 @@ def open_engine(graph: Path, options: EngineOptions) -> OrtEngine:
             f"{graph}", found="no such file", wanted="an ONNX graph file", cause="a wrong path",
             remedy="look at the path again",
         )
-    _check_data(graph)
+    onnx_file.check_external_files(graph)
     session_options = _session_options(ort, graph, options)
     return OrtEngine(graph, _session(ort, graph, options, session_options))
 
@@ -78,7 +78,7 @@ def executed_operators(graph: Path, options: EngineOptions | None = None) -> Cou
     """
     ort = _onnxruntime()
     options = options or EngineOptions()
-    _check_data(graph)
+    onnx_file.check_external_files(graph)
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
         session_options = _session_options(ort, graph, options)
         saved = Path(folder) / "optimized.onnx"
@@ -90,22 +90,6 @@ def executed_operators(graph: Path, options: EngineOptions | None = None) -> Cou
         )
         _session(ort, graph, options, session_options)
         return onnx_file.operators(saved)
-
-
-def _check_data(graph: Path) -> None:
-    for name in onnx_file.external_files(graph):
-        # Each folder on the way counts: a link to a folder leaves the bundle as well as a link to a file.
-        steps = [graph.parent.joinpath(*Path(name).parts[: i + 1]) for i in range(len(Path(name).parts))]
-        if any(step.is_symlink() for step in steps):
-            raise UnsafePath(
-                f"{graph.name}: external data", found=f"{name!r} is a link", wanted="a plain file",
-                cause="the folder was put together by hand", remedy="copy the file to where the link is",
-            )
-        if not steps[-1].is_file():
-            raise EngineError(
-                f"{graph.name}: external data", found=f"no file {name!r}", wanted=f"it next to {graph.name}",
-                cause="the graph was copied without its weights", remedy="copy the weight file as well",
-            )
 
 
 def _session_options(ort: Any, graph: Path, options: EngineOptions) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,13 @@ class Backend:
         module: has a function `open_engine(graph, options)`.
         package: the library that must be importable; `None` where none is needed.
         extra: the extra of quantempo that installs it.
+        dialects: the denoiser graphs that suit it, best first.
     """
 
     module: str
     package: str | None = None
     extra: str = ""
+    dialects: tuple[str, ...] = ("ort", "portable", "float")
 
     @property
     def installed(self) -> bool:
@@ -33,7 +36,7 @@ class Backend:
 
 _BACKENDS = {
     "echo": Backend("quantempo.engines.echo"),
-    "openvino": Backend("quantempo.engines.openvino", "openvino", "openvino"),
+    "openvino": Backend("quantempo.engines.openvino", "openvino", "openvino", dialects=("portable", "float")),
     "ort": Backend("quantempo.engines.ort", "onnxruntime", "cpu"),
 }
 
@@ -46,6 +49,13 @@ def backends() -> tuple[str, ...]:
 def installed_backends() -> tuple[str, ...]:
     """The backends whose library is there."""
     return tuple(name for name in backends() if _BACKENDS[name].installed)
+
+
+def preferred_dialect(backend: str, there: Iterable[str]) -> str | None:
+    """The dialect that suits a backend best among those that a bundle has; `None` leaves the choice to the reader."""
+    available = set(there)
+    known = _BACKENDS.get(backend)
+    return next((dialect for dialect in known.dialects if dialect in available), None) if known else None
 
 
 def open_engine(backend: str, graph: Path, options: EngineOptions | None = None) -> Engine:

@@ -42,11 +42,14 @@ def load(
         MissingExtra: the engine is not installed.
     """
     from quantempo.contracts.engine import EngineOptions
-    from quantempo.engines.registry import open_engine
+    from quantempo.engines.registry import open_engine, preferred_dialect
+    from quantempo.runtime.bundle import read_bundle
     from quantempo.runtime.session import Session
 
+    bundle = read_bundle(path)
     options = EngineOptions(threads=threads, settings=dict(settings or {}))
-    return Session.open(path, lambda graph, given: open_engine(engine, graph, given), options, dialect)
+    chosen = dialect or preferred_dialect(engine, {graph.dialect for graph in bundle.manifest.graphs.values()})
+    return Session(bundle, lambda graph, given: open_engine(engine, graph, given), options, chosen)
 
 
 def compile(model: Any, out: str | Path, recipe: Recipe | None = None, **options: Any) -> CompileSummary:

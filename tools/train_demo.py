@@ -317,6 +317,7 @@ def export(work: Path) -> None:
     dit = DiTTransformer2DModel(**DIT_CONFIG)
     dit.load_state_dict(load_file(work / "dit" / "model.safetensors"))
     vae = AutoencoderKL.from_pretrained(work / "vae" / "model")
+    vae.register_to_config(_name_or_path="")  # the model's folder on this machine is nobody's business
     DiTPipeline(dit.half(), vae.half(), scheduler).save_pretrained(DIT_DIR)
     # The published DiT pipelines carry their label names in the index; `save_pretrained` leaves them out.
     index = json.loads((DIT_DIR / "model_index.json").read_text())

@@ -147,7 +147,7 @@ def test_a_scheduler_class_that_does_not_exist(place: Path, tmp_path: Path) -> N
     )
 
 
-# ------------------------------------------------------------------------------------------------- plans and calibration
+# ------------------------------------------------------------------ plans and calibration
 
 
 def test_zero_matching_sites(place: Path, compile_tiny: Any) -> None:
