@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantempo.errors import QuantempoError, RequestError
+from quantempo.errors import OutputExists, QuantempoError
 
 if TYPE_CHECKING:
     from quantempo.contracts.program import StepProgram
@@ -59,6 +59,8 @@ def compile_command(
     keep: Annotated[list[str] | None, typer.Option(help="Module-path pattern to keep in float; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="The same as --keep.")] = None,
     activation_bits: Annotated[int, typer.Option(help="8, or fewer (simulated).")] = 8,
+    weight_method: Annotated[str, typer.Option(help="gptq, mse or minmax rounding of weights.")] = "gptq",
+    max_steps: Annotated[int, typer.Option(help="Programs for 1 to this many steps go into the bundle.")] = 100,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to follow instead of the default plan.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
     reference: Annotated[bool, typer.Option(help="Write the float twin beside the bundle.")] = True,
@@ -72,13 +74,17 @@ def compile_command(
     chosen: dict[str, object] = {
         "precision": dtype, "groups": groups, "keep": tuple(keep or ()), "exclude": tuple(exclude or ()),
         "activation_bits": activation_bits, "seed": seed, "reference": reference, "threads": threads,
+        "weight_method": weight_method, "max_steps": max_steps,
     }
     if range_method:
         chosen["range_method"] = range_method
     if guidance:
         chosen["guidance"] = _numbers(guidance, "--guidance")
     if steps:
-        chosen["steps"] = tuple(int(s) for s in _numbers(steps, "--steps"))
+        counts = _numbers(steps, "--steps")
+        if any(count != int(count) for count in counts):
+            raise typer.BadParameter(f"{steps!r} holds a step count that is not a whole number", param_hint="--steps")
+        chosen["steps"] = tuple(int(count) for count in counts)
     if samples:
         chosen["samples"] = samples
     summary = compile_model(
@@ -178,7 +184,7 @@ def _progress() -> Progress:
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
-        raise RequestError(
+        raise OutputExists(
             f"output {out}", found="an existing file", wanted="a free path", cause="an earlier run wrote it",
             remedy="choose another path or pass --overwrite",
         )

@@ -139,7 +139,7 @@ def compile_model(
     nearby = next(parent for parent in out.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=nearby) as folder:
         work = Path(folder)
-        exported = _export(Path(model), scheduler, recipe, work, progress)
+        exported = _export(Path(model), scheduler, recipe, work, progress, arrays or {})
         if recipe.precision == "float32":
             bundle = _write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0)
@@ -169,7 +169,14 @@ def _compile_extra() -> None:
             raise MissingExtra("compile", package=package, extra="compile,cpu")
 
 
-def _export(model: Path, scheduler: Path | None, recipe: Recipe, work: Path, progress: Progress) -> Exported:
+def _export(
+    model: Path,
+    scheduler: Path | None,
+    recipe: Recipe,
+    work: Path,
+    progress: Progress,
+    arrays: Mapping[str, NDArray[Any]],
+) -> Exported:
     _compile_extra()
     from quantempo.export.decoder import trace_decoder
     from quantempo.export.families import family_of
@@ -181,6 +188,10 @@ def _export(model: Path, scheduler: Path | None, recipe: Recipe, work: Path, pro
     source = open_source(model, scheduler)
     family = family_of(source)
     stock = load_scheduler(source.scheduler)
+    if recipe.precision != "float32":
+        # Refused here rather than after minutes of tracing.
+        choices = [ProgramChoice(steps, folder) for folder in ("", *recipe.schedulers) for steps in recipe.steps]
+        trajectory_batches(family.denoiser(), recipe, choices, arrays)
     with progress.stage("trace sampler"):
         programs = trace_programs(stock, sorted({*range(1, recipe.max_steps + 1), *recipe.steps}))
     with progress.stage("trace denoiser"):
@@ -244,16 +255,7 @@ def calibrate(
     denoiser = reference.manifest.denoiser
     tensors = plan.scaled_tensors()
     programs = _calibration_programs(reference, recipe)
-    first = FIRST_SEED * (recipe.seed + 1)  # disjoint between recipes with different seeds
-    declared = CalibrationSet(
-        samples=recipe.samples, batch=recipe.batch, guidance=recipe.guidance, programs=tuple(programs),
-        labels=_labels(denoiser, recipe),
-        seeds=tuple(range(first, first + recipe.samples)),
-    )
-    if denoiser.arrays:
-        _check_arrays(denoiser, arrays or {})
-    classes = denoiser.classes[0].count if denoiser.classes else None
-    batches = plan_batches(declared, classes=classes)
+    batches = trajectory_batches(denoiser, recipe, programs, arrays or {})
     options = EngineOptions(threads=recipe.threads, extra_outputs=tensors)
     grams = GramCollector({site.tensor for site in plan.quantized() if site.op == "matmul"})
     with Session(reference, _open_with(ENGINE), options) as session:
@@ -272,6 +274,23 @@ def calibrate(
 
         statistics = run_calibration(batches, run_batch, StatsCollector("full", tensors), progress=progress)
     return Calibration(statistics, grams.matrices())
+
+
+def trajectory_batches(
+    denoiser: Denoiser, recipe: Recipe, programs: Iterable[ProgramChoice], arrays: Mapping[str, NDArray[Any]]
+) -> tuple[TrajectoryBatch, ...]:
+    """What calibration will run.
+
+    Raises:
+        RequestError: the recipe's calibration set is impossible, or conditioning is missing.
+    """
+    first = FIRST_SEED * (recipe.seed + 1)  # disjoint between recipes with different seeds
+    declared = CalibrationSet(
+        samples=recipe.samples, batch=recipe.batch, guidance=recipe.guidance, programs=tuple(programs),
+        labels=_labels(denoiser, recipe), seeds=tuple(range(first, first + recipe.samples)),
+    )
+    _check_arrays(denoiser, arrays)
+    return plan_batches(declared, classes=denoiser.classes[0].count if denoiser.classes else None)
 
 
 def _open_with(backend: str) -> Any:
