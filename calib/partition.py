@@ -38,8 +38,8 @@ Floats = NDArray[np.float64]
 
 MAX_GROUPS = 64
 MERGE_LOSS_DB = 0.002
-"""Predicted on tensors: far below the 0.1 dB that may be lost end to end, since the prediction leaves out how errors add
-up over sites and calls."""
+"""Predicted on tensors: far below the 0.1 dB that may be lost end to end, since the prediction leaves out how errors
+add up over sites and calls."""
 MIN_SAMPLES = 8
 """A group of its own needs this many samples; a key that fewer visited joins the next one."""
 POWER_FLOOR = 1e-4
