@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the JSON files under docs/ that the benchmarks wrote."""
+"""Write docs/benchmarks.md, and the README's table, from the JSON files under docs/ that the benchmarks wrote."""
 
 from __future__ import annotations
 
@@ -93,7 +93,38 @@ def overhead(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def headline() -> str:
+    """The README's table; figures that were not measured yet are left out."""
+    lines = ["| what | figure |", "| --- | --- |"]
+    timed, measured = load("speed.json"), load("quality.json")
+    for model, name in (("dit-s2", "DiT-S/2"), ("unet", "UNet2DCondition, 220 M parameters")):
+        if timed is not None and model in timed:
+            over = timed[model]["speedup_of_int8_over"]
+            lines.append(
+                f"| {name}, one thread, batch 2 | {over['ort-float32']:.2f}× ONNX Runtime float32, "
+                f"{over['eager-float32']:.2f}× diffusers float32, {over['eager-bfloat16']:.2f}× diffusers bfloat16 |"
+            )
+            lines.append(f"| its group look-up | {timed[model]['group_look_up_percent']:+.2f} % of the time |")
+    for case in ("DDIM 20 steps, guidance 1.5", "DDIM 20 steps, guidance 4"):
+        if measured is not None and "dit" in measured:
+            row = measured["dit"]["cases"][case]
+            lines.append(
+                f"| demo DiT, {case}, same-seed PSNR to float | {row['groups']['psnr_db']:.1f} dB; best single scale "
+                f"{row['best_single']['psnr_db']:.1f} dB |"
+            )
+    return "\n".join(lines)
+
+
+def fill_readme() -> None:
+    """Put the headline table between the README's markers."""
+    path = DOCS.parent / "README.md"
+    before, rest = path.read_text().split("<!-- numbers: begin -->", 1)
+    _, after = rest.split("<!-- numbers: end -->", 1)
+    path.write_text(f"{before}<!-- numbers: begin -->\n{headline()}\n<!-- numbers: end -->{after}")
+
+
 def main() -> None:
+    fill_readme()
     parts = [HEAD]
     for name, render in (
         ("quality.json", quality), ("speed.json", speed), ("speed-2.json", speed), ("loop_overhead.json", overhead)
