@@ -84,8 +84,8 @@ def overhead(results: dict[str, Any]) -> str:
     """Time of the loop itself."""
     lines = [
         "## Loop overhead", "", "```bash",
-        "taskset -c 1 python benchmarks/loop_overhead.py --json docs/loop_overhead.json", "```", "",
-        "Milliseconds per denoiser evaluation outside the engine, batch 1, 4×64×64 latents.", "",
+        "python benchmarks/loop_overhead.py --json docs/loop_overhead.json", "```", "",
+        "Milliseconds per denoiser evaluation outside the engine, batch 1, 4×64×64 latents, pinned to one core with taskset.", "",
         "| program | " + " | ".join(["median", "best"]) + " |", "| --- | --- | --- |",
     ]
     for name, found in results["loop_overhead_ms_per_call"].items():

@@ -10,9 +10,11 @@ Arithmetic is part of the contract, so that every runtime agrees bit for bit aro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Union
+
+from quantempo.errors import DataError
 
 PROGRAM_VERSION = 1
 LATENTS = "latents"
@@ -127,7 +129,6 @@ def check_program(program: StepProgram, where: str) -> None:
     Raises:
         DataError: naming call and register.
     """
-    from quantempo.errors import DataError
 
     def refuse(place: str, found: str, wanted: str) -> DataError:
         return DataError(
@@ -153,7 +154,9 @@ def check_program(program: StepProgram, where: str) -> None:
         raise refuse("state", "no register 'latents'", "one, as the result")
 
 
-def _check_reads(refuse, index: int, reads: list[tuple[str, str]], known: set[str]) -> None:  # type: ignore[no-untyped-def]
+def _check_reads(
+    refuse: Callable[[str, str, str], DataError], index: int, reads: list[tuple[str, str]], known: set[str]
+) -> None:
     for what, register in reads:
         if register not in known:
             raise refuse(f"call {index}", f"{what} reads register {register!r}, which nothing wrote", "a written one")

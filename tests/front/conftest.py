@@ -44,10 +44,12 @@ def unet_bundle(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> Open
 def _traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
     export, known = pipeline._export, {}
 
-    def once(model: Path, scheduler: Path | None, recipe: Recipe, _: Path, progress: Any) -> Exported:
+    def once(
+        model: Path, scheduler: Path | None, recipe: Recipe, _: Path, progress: Any, arrays: Any
+    ) -> Exported:
         key = (model, scheduler, recipe.max_steps, recipe.steps)
         if key not in known:
-            known[key] = export(model, scheduler, recipe, tmp_path_factory.mktemp("traced"), progress)
+            known[key] = export(model, scheduler, recipe, tmp_path_factory.mktemp("traced"), progress, arrays)
         return known[key]
 
     return once
