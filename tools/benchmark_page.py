@@ -85,7 +85,8 @@ def overhead(results: dict[str, Any]) -> str:
     lines = [
         "## Loop overhead", "", "```bash",
         "python benchmarks/loop_overhead.py --json docs/loop_overhead.json", "```", "",
-        "Milliseconds per denoiser evaluation outside the engine, batch 1, 4×64×64 latents, pinned to one core with taskset.", "",
+        "Milliseconds per denoiser evaluation outside the engine, batch 1, 4×64×64 latents; pinned to one core with",
+        "taskset.", "",
         "| program | " + " | ".join(["median", "best"]) + " |", "| --- | --- | --- |",
     ]
     for name, found in results["loop_overhead_ms_per_call"].items():
