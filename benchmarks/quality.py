@@ -122,10 +122,10 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=1000, help="images for accuracy and Fréchet distance")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--models", nargs="+", choices=["dit", "unet"], default=["dit", "unet"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="written after each model; the other model's figures stay")
     args = parser.parse_args()
     sources = {"dit": (MODEL, None, DEMO_RECIPE), "unet": (UNET / "unet", UNET / "scheduler", Recipe())}
-    results = {}
+    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
         for name in args.models:
             model, scheduler, recipe = sources[name]
@@ -139,8 +139,8 @@ def main() -> None:
                       f"{best['psnr_db']:6.2f} dB ({best['method']})   {row['gain_db']:+.2f}")
             if "population" in results[name]:
                 print(f"{name:5s} {results[name]['population']}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

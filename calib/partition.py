@@ -37,7 +37,7 @@ from quantempo.errors import CalibrationError, RequestError, nearest
 Floats = NDArray[np.float64]
 
 MAX_GROUPS = 64
-MERGE_LOSS_DB = 0.002
+MERGE_LOSS_DB = 0.0005
 """Predicted on tensors: far below the 0.1 dB that may be lost end to end, since the prediction leaves out how errors
 add up over sites and calls."""
 MIN_SAMPLES = 8

@@ -40,7 +40,7 @@ class Recipe:
     range_method: str = "minmax"
     activation_bits: int = 8
     weight_method: Literal["gptq", "mse", "minmax"] = "gptq"
-    samples: int = 192
+    samples: int = 256
     batch: int = 16
     guidance: tuple[float, ...] = (1.0, 1.5, 4.0, 7.0)
     steps: tuple[int, ...] = (20, 50)
