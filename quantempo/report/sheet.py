@@ -14,7 +14,7 @@ GAP = 4
 MARGIN = 12
 CAPTION = 34
 INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
-AMPLIFY = 8
+AMPLIFY = 32
 
 
 @dataclass(frozen=True)

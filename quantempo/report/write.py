@@ -26,7 +26,7 @@ from quantempo.report.measure import (
     sessions,
     single_scale_tables,
 )
-from quantempo.report.sheet import Panel, contact_sheet, error_panel
+from quantempo.report.sheet import AMPLIFY, Panel, contact_sheet, error_panel
 
 REPORT_VERSION = 1
 SHEET_IMAGES = 16
@@ -146,9 +146,9 @@ def _sheet(head: GuidanceResult, drawn: dict[str, dict[float, Images]], single: 
     if best is not None:
         flat = single[best[0]][guidance][:SHEET_IMAGES]
         panels.append(Panel("one scale", f"INT8, {best[0]}: {best[1]:.1f} dB", flat))
-        panels.append(error_panel("its error × 8", "absolute difference", flat, reference))
+        panels.append(error_panel(f"its error, {AMPLIFY} times", "absolute difference", flat, reference))
     panels.append(Panel("scales per group", f"INT8: {head.groups.psnr_db:.1f} dB", groups))
-    panels.append(error_panel("its error × 8", "absolute difference", groups, reference))
+    panels.append(error_panel(f"its error, {AMPLIFY} times", "absolute difference", groups, reference))
     return contact_sheet(panels)
 
 
