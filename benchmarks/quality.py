@@ -135,6 +135,10 @@ def main() -> None:
             summary = compile_model(model, bundle, recipe, scheduler=scheduler, progress=console_progress())
             print(summary.text(), flush=True)
             results[name] = measure(bundle, args)
+            results[name]["command"] = (
+                f"python benchmarks/quality.py --models {name} --samples {args.samples} --other-samples "
+                f"{args.other_samples} --population {args.population} --json docs/quality.json"
+            )
             for case, row in results[name]["cases"].items():
                 best = row["best_single"]
                 print(f"{name:5s} {case:42s} groups {row['groups']['psnr_db']:6.2f} dB   best single "

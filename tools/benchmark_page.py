@@ -27,10 +27,11 @@ def load(name: str) -> Any:
 
 def quality(results: dict[str, Any]) -> str:
     """Tables of the demo models."""
-    lines = ["## Quality", "", "```bash", "python benchmarks/quality.py --json docs/quality.json", "```", ""]
+    lines = ["## Quality", ""]
     for model, facts in results.items():
         lines += [
             f"### Demo {'DiT' if model == 'dit' else 'UNet'}, W8A8, {facts['groups']} groups", "",
+            "```bash", facts["command"], "```", "",
             "| sampling | held-out seeds | groups, dB | best single scale, dB | method | gain, dB | SSIM |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
