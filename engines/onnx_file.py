@@ -168,23 +168,24 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     """(field number, start, end) of each length-delimited field; other fields are skipped."""
     at = start
     while at < end:
-        tag, at = _varint(data, at)
+        tag, at = varint(data, at)
         kind = tag & 7
         if kind == _LEN:
-            length, at = _varint(data, at)
+            length, at = varint(data, at)
             if at + length > end:
                 raise ValueError(f"a field that ends at byte {at + length}, after its message ({end})")
             yield tag >> 3, at, at + length
             at += length
         elif kind == _VARINT:
-            _, at = _varint(data, at)
+            _, at = varint(data, at)
         elif kind in (_FIXED64, _FIXED32):
             at += 8 if kind == _FIXED64 else 4
         else:
             raise ValueError(f"wire type {kind} at byte {at}")
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+def varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """A protobuf number at a position, and the position behind it."""
     value = shift = 0
     while True:
         byte = data[at]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from quantempo.contracts.tensors import TensorSpec
+from quantempo.engines.onnx_file import varint
 from quantempo.engines.onnx_graph import BITS, DTYPES, READABLE_BYTES, Attribute, OnnxGraph, OnnxNode, OnnxTensor
 from quantempo.errors import EngineError
 
@@ -247,7 +248,7 @@ class _Reader:
         at, end = value
         found = []
         while at < end:
-            number, at = self.varint(at)
+            number, at = varint(self.data, at)
             found.append(_signed(number))
         return found
 
@@ -255,14 +256,14 @@ class _Reader:
         """(field number, integer or place) of each field of a message."""
         at, end = span
         while at < end:
-            tag, at = self.varint(at)
+            tag, at = varint(self.data, at)
             kind = tag & 7
             if kind == 0:
-                number, at = self.varint(at)
+                number, at = varint(self.data, at)
                 yield tag >> 3, number
                 continue
             if kind == 2:
-                length, at = self.varint(at)
+                length, at = varint(self.data, at)
             elif kind in (1, 5):
                 length = 8 if kind == 1 else 4
             else:
@@ -271,18 +272,6 @@ class _Reader:
                 raise ValueError(f"a field that ends at byte {at + length}, after its message ({end})")
             yield tag >> 3, (at, at + length)
             at += length
-
-    def varint(self, at: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte = self.data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value, at
-            shift += 7
-            if shift > 63:
-                raise ValueError(f"a number of more than 64 bits at byte {at}")
 
 
 def _span(value: int | Span) -> Span:
