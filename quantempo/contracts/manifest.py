@@ -11,7 +11,7 @@ from quantempo.contracts.tensors import TensorSpec
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-FEATURES: frozenset[str] = frozenset({"step-program-1", "scale-groups-1"})
+FEATURES: frozenset[str] = frozenset({"step-program-1", "scale-groups-1", "corrections-1", "feature-cache-1"})
 """What this reader knows; a bundle that requires anything else is refused by name."""
 
 
@@ -34,6 +34,7 @@ class GraphEntry:
         dialect: how quantization is written: `float`, `ort`, `portable`.
         float_type: type of what is not quantized.
         inputs, outputs: the contract that any ONNX runner can rely on.
+        reads, writes: the cached features among the inputs and outputs; a feature has one name in all variants.
     """
 
     file: str
@@ -43,6 +44,8 @@ class GraphEntry:
     float_type: Literal["float32", "float16", "bfloat16"]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,20 @@ class ProgramIndex:
 
 
 @dataclass(frozen=True)
+class CacheIndex:
+    """Feature caching across calls: programs whose calls name variants that read and write cached features.
+
+    Args:
+        plan: the cache plan that the programs follow, for people and for refitting.
+        programs: program file by number of steps (a decimal string), for the bundle's own scheduler; any other step
+            count or scheduler runs without caching, with a notice.
+    """
+
+    plan: str
+    programs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a reader needs to know before it opens a file of the bundle.
 
@@ -138,6 +155,8 @@ class Manifest:
         precision: `int8` or `float32` (a reference bundle).
         graphs: by name; denoiser graphs are named `VARIANT.DIALECT-TYPE`.
         files: every file of the bundle but the manifest itself and sidecars.
+        vectors: safetensors file with the per-call vectors of corrections, float32 (rows, channels) by name.
+        cache: feature caching, where the bundle has it.
         provenance: what made it: versions, seeds, digests; no times and no paths.
     """
 
@@ -152,6 +171,8 @@ class Manifest:
     partition: Partition | None = None
     tables: str | None = None
     plan: str | None = None
+    vectors: str | None = None
+    cache: CacheIndex | None = None
     default_guidance: float = 1.0
     provenance: Mapping[str, str] = field(default_factory=dict)
     version: int = MANIFEST_VERSION

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Union
+from typing import ClassVar, Literal, Union
 
 from quantempo.errors import DataError
 
@@ -53,7 +53,48 @@ class Noise:
     draw: int
 
 
-Operation = Union[Lin, Clamp, Noise]
+@dataclass(frozen=True)
+class Correct:
+    """`to = gain[row] · source + bias[row]` per channel (axis 1), in float64, rounded once to float32.
+
+    `gain` and `bias` name arrays of the bundle's vectors file, float32 of shape (rows, channels).  The source may be
+    `prediction`, and so may the target: what follows in the call then reads the corrected prediction.
+    """
+
+    kind: ClassVar[str] = "correct"
+    to: str
+    source: str
+    gain: str
+    bias: str
+    row: int
+
+
+Operation = Union[Lin, Clamp, Noise, Correct]
+
+
+@dataclass(frozen=True)
+class Decide:
+    """A choice at run time, for each row on its own, between refreshing the cached features and reusing them.
+
+    The graph `probe` computes a cheap tensor `indicator` for the rows.  Per row, with means over all elements,
+    `change = mean|indicator - reference| / mean|reference|` and `estimate = polynomial(change)`, in float64.  A row
+    refreshes when it has no features yet, when `threshold` is reached (`accumulate`: by the sum of estimates since its
+    last refresh, this one included; else by the estimate alone), or when it has reused `max_consecutive` times in a row.
+
+    Args:
+        probe: graph variant that computes `indicator`.
+        refresh: graph variant that runs for rows that refresh; the others run the call's `graph`.
+        polynomial: coefficients, highest power first.
+        reference: the row's indicator at the previous call, or at its last refresh.
+    """
+
+    probe: str
+    threshold: float
+    refresh: str = "full"
+    polynomial: tuple[float, ...] = (1.0, 0.0)
+    accumulate: bool = True
+    reference: Literal["previous_call", "last_refresh"] = "previous_call"
+    max_consecutive: int = 1000
 
 
 @dataclass(frozen=True)
@@ -67,6 +108,9 @@ class Call:
         step: the index of the user's step; a two-call method has two calls with one step.
         group_key: what selects the scale group; `None` means the timestep.
         graph: which graph variant runs.
+        vectors: for each graph input that takes a vector per call (corrections of cached features), the row of the
+            array of the same name in the bundle's vectors file.
+        decide: where the choice between `graph` and a refreshing variant falls at run time.
     """
 
     timestep: float
@@ -75,6 +119,8 @@ class Call:
     step: int
     group_key: float | None = None
     graph: str = "full"
+    vectors: Mapping[str, int] = field(default_factory=dict)
+    decide: Decide | None = None
 
     @property
     def key(self) -> float:
@@ -119,7 +165,7 @@ class StepProgram:
         """All registers in order of appearance, state first; `prediction` apart."""
         names = dict.fromkeys(s.name for s in self.state)
         for call in self.calls:
-            names.update(dict.fromkeys(op.to for op in call.update))
+            names.update(dict.fromkeys(op.to for op in call.update if op.to != PREDICTION))
         return tuple(names)
 
 
@@ -146,12 +192,18 @@ def check_program(program: StepProgram, where: str) -> None:
         _check_reads(refuse, index, reads, known)
         available = known | {PREDICTION}
         for op in call.update:
-            sources = [r for r, _ in op.terms] if isinstance(op, Lin) else [op.source] if isinstance(op, Clamp) else []
-            _check_reads(refuse, index, [(op.kind, r) for r in sources], available)
+            _check_reads(refuse, index, [(op.kind, r) for r in sources_of(op)], available)
             available.add(op.to)
         known = available - {PREDICTION}
     if LATENTS not in known:
         raise refuse("state", "no register 'latents'", "one, as the result")
+
+
+def sources_of(op: Operation) -> tuple[str, ...]:
+    """The registers that an operation reads."""
+    if isinstance(op, Lin):
+        return tuple(register for register, _ in op.terms)
+    return () if isinstance(op, Noise) else (op.source,)
 
 
 def _check_reads(
