@@ -19,7 +19,7 @@ from quantempo.contracts.codec import canonical_json, parse_json
 from quantempo.contracts.stats import StatsKey, TensorStats
 from quantempo.errors import CalibrationError, DataError, NonFiniteActivation
 
-FORMAT = "quantempo-stats-1"
+FORMAT = "quantempo-stats-2"
 Array = NDArray[Any]
 
 
@@ -95,9 +95,10 @@ class StatsCollector:
     Args:
         graph: name of the graph variant.
         tensors: what every call has to deliver.
+        by_channel: those of them whose channels (the last axis) get ranges of their own.
     """
 
-    def __init__(self, graph: str, tensors: Sequence[str]) -> None:
+    def __init__(self, graph: str, tensors: Sequence[str], by_channel: Iterable[str] = ()) -> None:
         if not tensors:
             raise CalibrationError(
                 f"statistics of graph {graph!r}",
@@ -108,6 +109,7 @@ class StatsCollector:
             )
         self.graph = graph
         self.tensors = tuple(sorted(set(tensors)))
+        self.by_channel = frozenset(by_channel)
         self._cells: dict[StatsKey, _Cell] = {}
         self._samples: Counter[tuple[float, str]] = Counter()
 
@@ -136,7 +138,7 @@ class StatsCollector:
                     remedy="open the engine with this tensor among its extra outputs",
                 )
             try:
-                cell = _Cell.of(TensorStats.of(values))
+                cell = _Cell.of(TensorStats.of(values, channels=tensor in self.by_channel))
             except ValueError as error:
                 raise _non_finite(tensor, key, np.asarray(values, np.float32), seeds) from error
             name = StatsKey(self.graph, tensor, key, branch)
@@ -152,7 +154,9 @@ class StatsCollector:
         Raises:
             CalibrationError: the collectors belong to different graphs.
         """
-        merged = StatsCollector(self.graph, sorted({t for c in (self, *others) for t in c.tensors}))
+        everyone = (self, *others)
+        by_channel = frozenset().union(*(c.by_channel for c in everyone))
+        merged = StatsCollector(self.graph, sorted({t for c in everyone for t in c.tensors}), by_channel)
         for collector in (self, *others):
             if collector.graph != self.graph:
                 raise CalibrationError(
@@ -247,7 +251,15 @@ class StatsCollector:
             parts = [getattr(cell, field).canonical() for cell in cells]
             arrays[field] = np.array([value for part in parts for value in part], np.float64)
             arrays[f"{field}_parts"] = np.array([len(part) for part in parts], np.int32)
-        header = {"format": FORMAT, "graph": self.graph, "tensors": self.tensors, "branches": branches, "note": note}
+        ranges = [cell.stats.channels for cell in cells]
+        arrays["channels"] = np.array([0 if r is None else r.shape[1] for r in ranges], np.int32)
+        arrays["channel_ranges"] = np.concatenate(
+            [r.reshape(-1) for r in ranges if r is not None] or [np.zeros(0, np.float32)]
+        )
+        header = {
+            "format": FORMAT, "graph": self.graph, "tensors": self.tensors, "by_channel": sorted(self.by_channel),
+            "branches": branches, "note": note,
+        }
         # One metadata entry: the order of several is not fixed.
         _write_atomically(path, save(arrays, metadata={"quantempo": canonical_json(header)}))
 
@@ -260,8 +272,9 @@ class StatsCollector:
         """
         header, arrays = _read(path)
         try:
-            collector = StatsCollector(header["graph"], header["tensors"])
+            collector = StatsCollector(header["graph"], header["tensors"], header["by_channel"])
             stops = np.cumsum(arrays["bins"])
+            channel_stops = np.cumsum(2 * arrays["channels"].astype(np.int64))
             sums = {name: _split(arrays[name], arrays[f"{name}_parts"]) for name in ("total", "square")}
             for i, stop in enumerate(stops):
                 tensor, branch = header["tensors"][arrays["tensor"][i]], header["branches"][arrays["branch"][i]]
@@ -269,6 +282,7 @@ class StatsCollector:
                     int(arrays["count"][i]), float(arrays["low"][i]), float(arrays["high"][i]),
                     fsum(sums["total"][i]), fsum(sums["square"][i]), int(arrays["exponent"][i]),
                     int(arrays["first"][i]), arrays["counts"][stop - arrays["bins"][i] : stop].astype(np.uint64),
+                    _channels(arrays["channel_ranges"], int(channel_stops[i]), int(arrays["channels"][i])),
                 )  # fmt: skip
                 name = StatsKey(collector.graph, tensor, float(arrays["key"][i]), branch)
                 collector._cells[name] = _Cell(stats, ExactSum(sums["total"][i]), ExactSum(sums["square"][i]))
@@ -282,6 +296,10 @@ class StatsCollector:
 def read_note(path: Path) -> Any:
     """What was passed to `StatsCollector.save` as `note`."""
     return _read(path)[0].get("note")
+
+
+def _channels(flat: Array, stop: int, channels: int) -> NDArray[np.float32] | None:
+    return flat[stop - 2 * channels : stop].reshape(2, channels) if channels else None
 
 
 def _split(flat: Array, lengths: Array) -> list[list[float]]:

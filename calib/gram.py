@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantempo.contracts.table import ScaleTable
+
 ROWS_PER_CALL = 256
 MAX_CHANNELS = 2048
 """Tensors with more channels are left out: their matrices would outweigh the model (32 MiB each at this size)."""
@@ -25,21 +27,45 @@ class GramCollector:
     """
 
     def __init__(self, tensors: Iterable[str]) -> None:
-        self._sums: dict[str, NDArray[np.float64] | None] = dict.fromkeys(sorted(tensors))
+        self._squares: dict[str, NDArray[np.float64]] = {}
+        self._sums: dict[tuple[str, float], NDArray[np.float64]] = {}
+        self._tensors = tuple(sorted(tensors))
 
-    def observe(self, taps: Mapping[str, NDArray[Any]]) -> None:
-        """Add one call's tensors, each (…, channels)."""
-        for name in self._sums:
+    def observe(self, key: float, taps: Mapping[str, NDArray[Any]]) -> None:
+        """Add one call's tensors, each (…, channels).
+
+        Args:
+            key: the call's group key.
+            taps: values by tensor name.
+        """
+        for name in self._tensors:
             values = taps[name]
-            if values.shape[-1] > MAX_CHANNELS:
+            channels = values.shape[-1]
+            if channels > MAX_CHANNELS:
                 continue
-            rows = values.reshape(-1, values.shape[-1])
+            rows = values.reshape(-1, channels)
             # Ceiling division: the stride covers the whole call, so all its samples count alike.
             chosen = rows[:: -(-len(rows) // ROWS_PER_CALL)]
             product = (chosen.T @ chosen).astype(np.float64)
-            known = self._sums[name]
-            self._sums[name] = product if known is None else known + product
+            # Channel sums, and the number of rows behind them.
+            sums = np.append(chosen.sum(0, np.float64), float(len(chosen)))
+            self._squares[name] = self._squares[name] + product if name in self._squares else product
+            known = self._sums.get((name, key))
+            self._sums[name, key] = sums if known is None else known + sums
 
-    def matrices(self) -> dict[str, NDArray[np.float64]]:
-        """The sums by tensor; tensors that were left out are not in it."""
-        return {name: total for name, total in self._sums.items() if total is not None}
+    def matrices(self, centres: ScaleTable | None = None) -> dict[str, NDArray[np.float64]]:
+        """The sums by tensor; tensors that were left out are not in it.
+
+        Args:
+            centres: where it centres a tensor, the result is `Σ (x - m)(x - m)ᵀ` with the centre `m` of each call's
+                group: what the product's integers really see.
+        """
+        found = dict(self._squares)
+        for (name, key), sums in sorted(self._sums.items()):
+            centre = centres.of(name).centre if centres is not None and name in centres.tensors else None
+            if centres is None or centre is None:
+                continue
+            row = centre[centres.partition.group_of(key)].astype(np.float64)
+            cross = np.outer(sums[:-1], row)
+            found[name] = found[name] - cross - cross.T + sums[-1] * np.outer(row, row)
+        return found

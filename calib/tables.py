@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantempo.calib.ranges import method_named, quantizer_for
 from quantempo.contracts.partition import Partition
@@ -81,7 +82,13 @@ def group_stats(
 
 
 def build_table(
-    stats: Cells, partition: Partition, method: str, bits_of: Mapping[str, int], *, graph: str | None = None
+    stats: Cells,
+    partition: Partition,
+    method: str,
+    bits_of: Mapping[str, int],
+    *,
+    centred: Collection[str] = (),
+    graph: str | None = None,
 ) -> ScaleTable:
     """Scales of every tensor in every group, in the asymmetric and in the symmetric form.
 
@@ -90,10 +97,11 @@ def build_table(
         partition: which keys share a row.
         method: name of a range method.
         bits_of: the tensors that need scales, with their number of bits.
+        centred: tensors whose channels are shifted to the middle of their ranges before they are quantized.
         graph: the graph variant; `None` where the cells hold only one.
 
     Raises:
-        ScaleMissing: a tensor has no cell, or a group has no observed key.
+        ScaleMissing: a tensor has no cell, a group has no observed key, or a centred tensor has no ranges of channels.
         RequestError: there is no such method.
     """
     search = method_named(method)
@@ -102,11 +110,45 @@ def build_table(
     for tensor in sorted(bits_of):
         bits = bits_of[tensor]
         groups = group_stats(cells[tensor], partition, tensor)
-        skewed = [quantizer_for(*search(group, bits, False), bits, False) for group in groups]
-        middle = [quantizer_for(*search(group, bits, True), bits, True) for group in groups]
+        intervals = [[search(group, bits, symmetric) for group in groups] for symmetric in (False, True)]
+        centre = None
+        if tensor in centred:
+            centre = np.stack([_centre(group, tensor) for group in groups])
+            intervals = [
+                [_around(group, row, *ends) for group, row, ends in zip(groups, centre, found, strict=True)]
+                for found in intervals
+            ]
+        skewed = [quantizer_for(*ends, bits, False) for ends in intervals[0]]
+        middle = [quantizer_for(*ends, bits, True) for ends in intervals[1]]
         tensors[tensor] = TensorScales(
             np.array([scale for scale, _ in skewed], np.float32),
             np.array([point for _, point in skewed], np.int32),
             np.array([scale for scale, _ in middle], np.float32),
+            centre,
         )
     return ScaleTable(partition, tensors)
+
+
+def _centre(stats: TensorStats, tensor: str) -> NDArray[np.float32]:
+    """The middle of each channel's range."""
+    if stats.channels is None:
+        raise ScaleMissing(
+            f"scale table, tensor {tensor!r}", found="no ranges of its channels", wanted="one for each channel",
+            cause="the statistics were collected for a plan that does not centre this tensor",
+            remedy="calibrate with this plan",
+        )
+    low, high = stats.channels.astype(np.float64)
+    return ((low + high) / 2).astype(np.float32)
+
+
+def _around(stats: TensorStats, centre: NDArray[np.float32], low: float, high: float) -> tuple[float, float]:
+    """The interval for `x - centre`: its exact range, clipped by as much as a method clips the range of `x`.
+
+    The histogram is that of `x`, so a method's choice can be carried over as a ratio alone.
+    """
+    assert stats.channels is not None
+    lows, highs = stats.channels.astype(np.float64) - centre
+    return (
+        float(lows.min()) * (low / stats.low if stats.low < 0 else 1.0),
+        float(highs.max()) * (high / stats.high if stats.high > 0 else 1.0),
+    )

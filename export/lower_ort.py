@@ -153,18 +153,23 @@ def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey, quantiz
 def _matmul(lowering: Lowering, place: PlacedSite, activation: ir.Value, quantizer: Quantizer) -> None:
     weight, weight_scale = lowering.weight_constants(place.site)
     inputs: list[ir.Value | None] = [activation, weight, quantizer[0], weight_scale, quantizer[1]]
-    if place.bias is not None:
-        inputs += [None, _bias_row(lowering, place)]
+    row = _bias_row(lowering, place)
+    if row is not None:
+        inputs += [None, row]
     result = lowering.node(
         place.node, f"{CONTRIB}::MatMulIntegerToFloat", inputs, f"{place.site.output}.product"
     )
     lowering.replace(place, result, bias_included=True)
 
 
-def _bias_row(lowering: Lowering, place: PlacedSite) -> ir.Value:
-    """The bias as `[n]`, which is what the operator takes."""
+def _bias_row(lowering: Lowering, place: PlacedSite) -> ir.Value | None:
+    """The bias as `[n]`, which is what the operator takes; that of the group where the tensor is centred."""
+    rows = lowering.bias_rows(place)
+    if rows is not None:
+        return lowering.lookup(f"{place.site.output}.bias", rows.astype(np.float32))
     bias = place.bias
-    assert bias is not None
+    if bias is None:
+        return None
     assert bias.const_value is not None
     if len(bias.const_value.shape) == 1:
         return bias
@@ -200,8 +205,8 @@ def _float(lowering: Lowering, place: PlacedSite) -> None:
     weight = place.node.inputs[1]
     if place.site.op == "matmul":
         result = lowering.node(place.node, "MatMul", [place.activation, weight], f"{place.site.output}.product")
-        if place.bias is not None:
-            row = _bias_row(lowering, place)
+        row = _bias_row(lowering, place)
+        if row is not None:
             result = lowering.node(place.node, "Add", [result, row], f"{place.site.output}.biased")
         lowering.replace(place, result, bias_included=True)
         return

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from quantempo.contracts.plan import QuantPlan
+from quantempo.contracts.plan import QuantPlan, Site
 from quantempo.contracts.table import ScaleTable
 from quantempo.export.lowering import ActivationKey, Lowering, LoweringOptions, PlacedSite, describe
 from quantempo.export.weights import QuantizedWeight, output_axis, weight_of
@@ -105,11 +105,16 @@ class AffineForm:
 
 @dataclass(frozen=True, eq=False)
 class _Rescaled:
-    """A quantized and dequantized activation, and what undoes its rescaling; `None` where there is nothing to undo."""
+    """A quantized and dequantized activation, and what undoes its rescaling; `None` where there is nothing to undo.
 
+    Args:
+        corrections: `c_g / r_g` per group.
+    """
+
+    name: str
     value: ir.Value
-    grow: ir.Value | None
-    correction: ir.Value | None
+    grow: ir.Value | None = None
+    corrections: NDArray[np.float32] | None = None
 
 
 def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey) -> _Rescaled:
@@ -117,7 +122,7 @@ def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey) -> _Res
     name = f"{key.tensor}.{'symmetric' if key.symmetric else 'affine'}{key.bits}"
     here, shape = place.node, place.activation.shape
     value = place.activation
-    state = _Rescaled(value, None, None)
+    state = _Rescaled(name, value)
 
     def step(operator: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         result = lowering.node(here, operator, inputs, f"{name}.{suffix}")
@@ -129,7 +134,7 @@ def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey) -> _Res
         state = replace(state, grow=lowering.lookup(f"{name}.grow", form.grow))
     if np.any(form.offset != 0):
         value = step("Add", [value, lowering.lookup(f"{name}.offset", form.offset)], "shifted")
-        state = replace(state, correction=lowering.lookup(f"{name}.correction", form.correction))
+        state = replace(state, corrections=form.correction)
     if lowering.options.quantization:
         if key.bits < 8:
             half = 2 ** (key.bits - 1)
@@ -177,19 +182,28 @@ def _row(lowering: Lowering, place: PlacedSite, activation: _Rescaled) -> ir.Val
     # Of the product's rank: ONNX Runtime makes a Gemm of a product with a bias of rank 1, and on graphs of this opset
     # its optimizer then trips over the quantizer in front of it ("output_dtype INT8 does not match").
     shape = [1] * (site.rank - 1) + [site.n]
+    rows = lowering.bias_rows(place)
+    if rows is not None:
+        # The bias differs from group to group anyway, so the correction goes into it.
+        if activation.corrections is not None:
+            rows = rows - activation.corrections.astype(np.float64)[:, None] * _column_sums(lowering, site)
+        return lowering.lookup(f"{site.output}.bias", rows.astype(np.float32).reshape(-1, *shape))
     bias = None
     if place.bias is not None:
         assert place.bias.const_value is not None
         bias = lowering.constant(f"{place.bias.name}.row", place.bias.const_value.numpy().reshape(shape))
-    if activation.correction is None:
+    if activation.corrections is None:
         return bias
-    if lowering.options.quantization:
-        sums = lowering.weights[site.weight].column_sums()
-    else:
-        sums = weight_of(lowering.model, site).sum(0, np.float64).astype(np.float32)
     # Negated sums, so that a missing bias costs no further node.
-    column = lowering.constant(f"{site.weight}.minus_column_sums", -sums.reshape(shape))
-    row = lowering.node(place.node, "Mul", [column, activation.correction], f"{site.output}.correction")
+    column = lowering.constant(f"{site.weight}.minus_column_sums", -_column_sums(lowering, site).reshape(shape))
+    correction = lowering.lookup(f"{activation.name}.correction", activation.corrections)
+    row = lowering.node(place.node, "Mul", [column, correction], f"{site.output}.correction")
     if bias is not None:
         row = lowering.node(place.node, "Add", [row, bias], f"{site.output}.bias")
     return row
+
+
+def _column_sums(lowering: Lowering, site: Site) -> NDArray[np.float32]:
+    if lowering.options.quantization:
+        return lowering.weights[site.weight].column_sums()
+    return weight_of(lowering.model, site).sum(0, np.float64).astype(np.float32)

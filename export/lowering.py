@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from quantempo.contracts.plan import Keep, Quantize, QuantPlan, Site
 from quantempo.contracts.table import ScaleTable, TensorScales
 from quantempo.errors import ExportError, NoSites, PlanError, ScaleMissing
-from quantempo.export.weights import SCALE, VALUES, QuantizedWeight, output_axis, quantize_weights, weight_tensor
+from quantempo.export.centring import apply_centres, bias_per_group
+from quantempo.export.weights import (
+    SCALE,
+    VALUES,
+    QuantizedWeight,
+    output_axis,
+    quantize_weights,
+    weight_of,
+    weight_tensor,
+)
 
 GROUP_INPUT = "scale_group"
 """Name of the graph input that chooses the row of every scale table; int64, shape `()`."""
@@ -133,6 +142,7 @@ class Lowering:
                 name=GROUP_INPUT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])
             )
             lowering.graph.inputs.append(lowering._group)
+        apply_centres(lowering)
         return lowering
 
     @property
@@ -233,6 +243,14 @@ class Lowering:
         """All scales of a tensor."""
         self._consumed.add(tensor)
         return self.table.of(tensor)
+
+    def bias_rows(self, place: PlacedSite) -> NDArray[np.float64] | None:
+        """The bias of a centred site per group, `[groups, n]`; `None` where the site's tensor is not centred."""
+        centre = self.table.of(place.site.tensor).centre
+        if centre is None:
+            return None
+        stored = place.bias.const_value if place.bias is not None else None
+        return bias_per_group(centre, weight_of(self.model, place.site), None if stored is None else stored.numpy())
 
     def replace(self, place: PlacedSite, new: ir.Value, *, bias_included: bool) -> None:
         """Let `new` take the place and the name of the site's result, and remove what computed it before."""
@@ -353,6 +371,14 @@ def _check_table(plan: QuantPlan, table: ScaleTable) -> None:
             "scale table",
             found=f"scales that no quantized site reads: {', '.join(sorted(produced - wanted))}",
             wanted="exactly the tensors of the plan",
+            cause="the plan was changed after the scales were computed",
+            remedy="compute the scales anew from the same statistics",
+        )
+    centred = {name for name, scales in table.tensors.items() if scales.centre is not None}
+    if centred != set(plan.centred):
+        raise ScaleMissing(
+            "scale table", found=f"centres of {len(centred)} tensors",
+            wanted=f"those of the {len(plan.centred)} tensors that the plan centres",
             cause="the plan was changed after the scales were computed",
             remedy="compute the scales anew from the same statistics",
         )

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from quantempo.contracts.plan import Decision, Keep, Quantize, QuantPlan, Share, Site
 from quantempo.errors import NoSites, PlanError, nearest
+from quantempo.export.centring import centreable, check_centred
 from quantempo.export.passes.edit import module_of, stored_shape
 from quantempo.export.passes.name_values import is_site
 
@@ -31,6 +32,7 @@ class PlanOptions:
         symmetric_convs: fix the zero point of convolutions (the portable dialect always does).
         activation_bits, weight_bits: below 8 is simulated.
         smallest: channels below which a product stays in float.
+        centre: centre every tensor that allows it (see `quantempo.export.centring`).
     """
 
     keep: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ class PlanOptions:
     activation_bits: int = 8
     weight_bits: int = 8
     smallest: int = SMALLEST
+    centre: bool = True
 
 
 def find_sites(model: ir.Model, graph: str = "full") -> tuple[Site, ...]:
@@ -175,7 +178,8 @@ def default_plan(
                 activation_bits=options.activation_bits,
                 weight_bits=options.weight_bits,
             )
-    return QuantPlan(model=digest, sites=found, decisions=decisions)
+    centred = centreable(model, found, decisions) if options.centre else ()
+    return QuantPlan(model=digest, sites=found, decisions=decisions, centred=centred)
 
 
 def check_plan(plan: QuantPlan, model: ir.Model, where: str) -> None:
@@ -215,6 +219,7 @@ def check_plan(plan: QuantPlan, model: ir.Model, where: str) -> None:
                     f"decisions.{name}", f"a share with {decision.site!r}",
                     "a site that quantizes the same tensor by itself",
                 )
+    check_centred(plan, model, where)
     if not plan.quantized():
         raise NoSites(
             where, found=f"{len(sites)} sites, none of them to be quantized", wanted="at least one",

@@ -19,6 +19,7 @@ class Recipe:
         groups: `auto`, `single`, `uniform:G` or `optimal:G`.
         range_method: how activations are clipped; see `quantempo.calib.ranges`.
         activation_bits: 8, or fewer (simulated in 8-bit storage).
+        centre: shift channels per group where that is free (see `quantempo.export.centring`).
         weight_method: `gptq` (scales by `mse`, then rounding that makes up for its own errors on the calibration
             data), or plain rounding with scales by `mse` or `minmax`.
         samples: calibration trajectories in all; guidance scales and step counts share them evenly.
@@ -39,6 +40,7 @@ class Recipe:
     groups: str = "auto"
     range_method: str = "minmax"
     activation_bits: int = 8
+    centre: bool = True
     weight_method: Literal["gptq", "mse", "minmax"] = "gptq"
     samples: int = 256
     batch: int = 16

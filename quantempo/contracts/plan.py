@@ -80,11 +80,13 @@ class QuantPlan:
         model: digest of the float graph that the sites were found in.
         sites: all of them, sorted by id.
         decisions: by site id.
+        centred: tensors whose channels are shifted per group before they are quantized, by an exact rewrite.
     """
 
     model: str
     sites: tuple[Site, ...]
     decisions: Mapping[str, Decision]
+    centred: tuple[str, ...] = ()
     version: int = PLAN_VERSION
 
     def settings(self, site: Site) -> Quantize | None:

@@ -79,7 +79,7 @@ class Decide:
     The graph `probe` computes a cheap tensor `indicator` for the rows.  Per row, with means over all elements,
     `change = mean|indicator - reference| / mean|reference|` and `estimate = polynomial(change)`, in float64.  A row
     refreshes when it has no features yet, when `threshold` is reached (`accumulate`: by the sum of estimates since its
-    last refresh, this one included; else by the estimate alone), or when it has reused `max_consecutive` times in a row.
+    last refresh, this one included; else by the estimate alone), or after `max_consecutive` reuses in a row.
 
     Args:
         probe: graph variant that computes `indicator`.

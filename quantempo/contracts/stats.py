@@ -40,6 +40,8 @@ class TensorStats:
         exponent: bin width is `2 ** exponent`.
         first: absolute index of `counts[0]`.
         counts: uint64, at most `BINS` long.
+        channels: float32 `[2, channels]`, the smallest and largest value of each channel (the last axis); `None` where
+            channels were not asked for.
     """
 
     count: int
@@ -50,9 +52,10 @@ class TensorStats:
     exponent: int
     first: int
     counts: NDArray[np.uint64]
+    channels: NDArray[np.float32] | None = None
 
     @staticmethod
-    def of(values: NDArray[np.float32]) -> TensorStats:
+    def of(values: NDArray[np.float32], channels: bool = False) -> TensorStats:
         """Statistics of an array.
 
         One pass for the range and one for the rest, in chunks that stay in the second-level cache, because this runs
@@ -61,6 +64,7 @@ class TensorStats:
 
         Args:
             values: any shape, at least one value; converted to float32.
+            channels: whether to keep the range of each channel too.
 
         Raises:
             ValueError: a value is not finite, or there is none.
@@ -75,10 +79,14 @@ class TensorStats:
         first = math.floor(math.ldexp(low, -exponent))
         bins = math.floor(math.ldexp(high, -exponent)) - first + 1
         counts, total, total_square = _reduce(flat, exponent, first, bins)
-        return TensorStats(flat.size, low, high, total, total_square, exponent, first, counts)
+        ranges = None
+        if channels:
+            rows = flat.reshape(-1, values.shape[-1])
+            ranges = np.stack([rows.min(0), rows.max(0)])
+        return TensorStats(flat.size, low, high, total, total_square, exponent, first, counts, ranges)
 
     def merge(self, other: TensorStats) -> TensorStats:
-        """Statistics of both sets of values together."""
+        """Statistics of both sets of values together; ranges of channels only where both have them."""
         low, high = min(self.low, other.low), max(self.high, other.high)
         exponent = bin_exponent(low, high)
         first = math.floor(math.ldexp(low, -exponent))
@@ -88,7 +96,7 @@ class TensorStats:
             _add_coarsened(counts, first, part, exponent)
         return TensorStats(
             self.count + other.count, low, high, self.total + other.total, self.total_square + other.total_square,
-            exponent, first, counts,
+            exponent, first, counts, _merge_channels(self.channels, other.channels),
         )
 
     def centres(self) -> NDArray[np.float64]:
@@ -132,6 +140,14 @@ def _reduce(
         for part in range(0, len(wide), DOT):
             total_square += float(wide[part : part + DOT] @ wide[part : part + DOT])
     return counts.astype(np.uint64), total, total_square
+
+
+def _merge_channels(
+    mine: NDArray[np.float32] | None, other: NDArray[np.float32] | None
+) -> NDArray[np.float32] | None:
+    if mine is None or other is None:
+        return None
+    return np.stack([np.minimum(mine[0], other[0]), np.maximum(mine[1], other[1])])
 
 
 def _add_coarsened(counts: NDArray[np.uint64], first: int, part: TensorStats, exponent: int) -> None:

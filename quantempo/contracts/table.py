@@ -23,11 +23,14 @@ class TensorScales:
         scale: float32, above zero.
         zero_point: int32 within `0 .. 2^bits - 1`.
         symmetric_scale: float32, above zero.
+        centre: float32 `[groups, channels]`, subtracted from the tensor's channels before it is quantized, so that the
+            scales are those of `x - centre`; `None` where nothing is subtracted.
     """
 
     scale: NDArray[np.float32]
     zero_point: NDArray[np.int32]
     symmetric_scale: NDArray[np.float32]
+    centre: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         for array in (self.scale, self.symmetric_scale):
@@ -35,6 +38,8 @@ class TensorScales:
                 raise ValueError("scales must be float32, finite and above zero")
         if not len(self.scale) == len(self.zero_point) == len(self.symmetric_scale):
             raise ValueError("scale, zero_point and symmetric_scale differ in length")
+        if self.centre is not None and (len(self.centre) != len(self.scale) or not np.all(np.isfinite(self.centre))):
+            raise ValueError("centre must have a finite row for every group")
 
     def pick(self, symmetric: bool, bits: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Scale and zero point per group, in the asked form."""
@@ -76,12 +81,14 @@ class ScaleTable:
         return scales
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Flat arrays for a safetensors file: `NAME|scale`, `NAME|zero_point`, `NAME|symmetric_scale`."""
+        """Flat arrays for a safetensors file: `NAME|scale`, `|zero_point`, `|symmetric_scale`, `|centre`."""
         flat: dict[str, NDArray[np.generic]] = {}
         for name, scales in sorted(self.tensors.items()):
             flat[f"{name}|scale"] = scales.scale
             flat[f"{name}|zero_point"] = scales.zero_point
             flat[f"{name}|symmetric_scale"] = scales.symmetric_scale
+            if scales.centre is not None:
+                flat[f"{name}|centre"] = scales.centre
         return flat
 
     @staticmethod
@@ -94,6 +101,7 @@ class ScaleTable:
                 name: TensorScales(
                     np.asarray(flat[f"{name}|scale"], np.float32), np.asarray(flat[f"{name}|zero_point"], np.int32),
                     np.asarray(flat[f"{name}|symmetric_scale"], np.float32),
+                    np.asarray(flat[f"{name}|centre"], np.float32) if f"{name}|centre" in flat else None,
                 )
                 for name in names
             },

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from quantempo.calib.gram import MAX_CHANNELS, ROWS_PER_CALL, GramCollector
+from quantempo.contracts.partition import Partition
+from quantempo.contracts.table import ScaleTable, TensorScales
 
 RNG = np.random.default_rng(0)
 
@@ -12,8 +14,8 @@ RNG = np.random.default_rng(0)
 def test_sums_outer_products_over_calls_and_rows() -> None:
     first, second = (RNG.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(2))
     collector = GramCollector(["x"])
-    collector.observe({"x": first, "y": second})
-    collector.observe({"x": second})
+    collector.observe(0.0, {"x": first, "y": second})
+    collector.observe(1.0, {"x": second})
     rows = np.concatenate([first.reshape(-1, 8), second.reshape(-1, 8)])
     np.testing.assert_allclose(collector.matrices()["x"], rows.T @ rows, rtol=1e-4, atol=1e-4)
 
@@ -21,7 +23,7 @@ def test_sums_outer_products_over_calls_and_rows() -> None:
 def test_rows_of_a_large_call_are_taken_evenly() -> None:
     values = RNG.standard_normal((8, ROWS_PER_CALL, 4)).astype(np.float32)
     collector = GramCollector(["x"])
-    collector.observe({"x": values})
+    collector.observe(0.0, {"x": values})
     chosen = values.reshape(-1, 4)[::8]
     assert len(chosen) == ROWS_PER_CALL
     np.testing.assert_allclose(collector.matrices()["x"], chosen.T @ chosen, rtol=1e-4, atol=1e-3)
@@ -29,8 +31,21 @@ def test_rows_of_a_large_call_are_taken_evenly() -> None:
 
 def test_a_tensor_with_very_many_channels_is_left_out() -> None:
     collector = GramCollector(["wide", "x"])
-    collector.observe({"wide": np.ones((1, MAX_CHANNELS + 1), np.float32), "x": np.ones((1, 2), np.float32)})
+    collector.observe(0.0, {"wide": np.ones((1, MAX_CHANNELS + 1), np.float32), "x": np.ones((1, 2), np.float32)})
     assert sorted(collector.matrices()) == ["x"]
+
+
+def test_centred_sums_are_those_of_what_is_left_after_each_groups_centre() -> None:
+    calls = {key: RNG.standard_normal((2, 5, 4)).astype(np.float32) + key for key in (0.0, 1.0, 2.0)}
+    collector = GramCollector(["x"])
+    for key, values in calls.items():
+        collector.observe(key, {"x": values})
+    centre = RNG.standard_normal((2, 4)).astype(np.float32)
+    one = np.ones(2, np.float32)
+    partition = Partition((1.5,), 0.0, 2.0)
+    table = ScaleTable(partition, {"x": TensorScales(one, np.zeros(2, np.int32), one, centre)})
+    rows = np.concatenate([values.reshape(-1, 4) - centre[int(key > 1.5)] for key, values in calls.items()])
+    np.testing.assert_allclose(collector.matrices(table)["x"], rows.T @ rows, rtol=1e-4, atol=1e-4)
 
 
 def test_a_collector_that_saw_nothing_has_no_matrices() -> None:

@@ -86,3 +86,35 @@ def test_constant_tensors_get_a_usable_scale() -> None:
     scales = build_table(stats, PARTITION, "clip", {"c": 8}).of("c")
     assert np.all(np.isfinite(1 / scales.scale))
     assert np.all(np.isfinite(1 / scales.symmetric_scale))
+
+
+def test_centred_tensors_are_scaled_for_what_is_left_after_the_middle_of_each_channel() -> None:
+    offsets = np.array([-30.0, 5.0, 0.0, 90.0], np.float32)
+    values = {
+        key: (RNG.uniform(-1, 1, (40, 4)) * width + offsets * key).astype(np.float32)
+        for key, width in ((1.0, 1.0), (2.0, 3.0))
+    }
+    stats = {StatsKey("full", "x", key): TensorStats.of(v, channels=True) for key, v in values.items()}
+    scales = build_table(stats, Partition((1.5,), 1.0, 2.0), "minmax", {"x": 8}, centred=["x"]).of("x")
+    assert scales.centre is not None
+    for group, seen in enumerate(values.values()):
+        np.testing.assert_allclose(scales.centre[group], (seen.min(0) + seen.max(0)) / 2, rtol=1e-6, atol=1e-6)
+        left = seen - scales.centre[group]
+        assert scales.scale[group] == quantizer_for(left.min(), left.max(), 8, False)[0]
+        assert scales.scale[group] < TensorStats.of(seen).high / 255
+
+
+def test_a_method_that_clips_clips_centred_values_by_the_same_share() -> None:
+    values = np.concatenate([RNG.standard_normal(40000), [40.0]]).astype(np.float32).reshape(-1, 1)
+    cell = TensorStats.of(values, channels=True)
+    low, high = METHODS["mse"](cell, 4, False)
+    assert high < 0.5 * cell.high, "the case must be one that is clipped"
+    scales = build_table({StatsKey("full", "x", 0.0): cell}, Partition.single(0.0, 0.0), "mse", {"x": 4}, centred=["x"])
+    half = (cell.high - cell.low) / 2
+    expected, _ = quantizer_for(-half * low / cell.low, half * high / cell.high, 4, False)
+    np.testing.assert_allclose(scales.of("x").scale[0], expected, rtol=1e-5)
+
+
+def test_centring_needs_the_ranges_of_channels() -> None:
+    with pytest.raises(ScaleMissing, match="tensor 'x': found no ranges of its channels"):
+        build_table(STATS, PARTITION, "minmax", {"x": 8}, centred=["x"])

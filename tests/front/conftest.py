@@ -42,7 +42,7 @@ def unet_bundle(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> Open
 
 @pytest.fixture(scope="session")
 def _traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    export, known = pipeline._export, {}
+    export, known = pipeline.export_model, {}
 
     def once(
         model: Path, scheduler: Path | None, recipe: Recipe, _: Path, progress: Any, arrays: Any
@@ -58,7 +58,7 @@ def _traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]
 @pytest.fixture
 def compile_tiny(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> Compile:
     """Compile the tiny DiT with a changed recipe; all such compiles share one trace, which takes most of the time."""
-    monkeypatch.setattr(pipeline, "_export", _traced)
+    monkeypatch.setattr(pipeline, "export_model", _traced)
 
     def compiled(out: Path, *, model: Path | None = None, scheduler: Path | None = None, plan_file: Path | None = None,
                  overwrite: bool = False, **changes: Any) -> CompileSummary:
@@ -72,7 +72,7 @@ def compile_tiny(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def shared_trace(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles of one model share its trace, in the command line too."""
-    monkeypatch.setattr(pipeline, "_export", _traced)
+    monkeypatch.setattr(pipeline, "export_model", _traced)
 
 
 @pytest.fixture

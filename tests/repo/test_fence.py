@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIBLINGS = ("export", "calib", "engines", "runtime")
 FRONT_DOOR = {"__init__.py", "pipeline.py", "cli.py", "inspection.py"}
 """Modules of quantempo/ that compose the siblings; `FRONT_FOLDERS` are whole folders of such modules."""
-FRONT_FOLDERS = {"commands", "demo", "report"}
+FRONT_FOLDERS = {"commands", "demo", "report", "stages"}
 
 ALLOWED = {
     "torch": ("export/", "calib/tuning/", "tools/", "benchmarks/"),

@@ -1,0 +1,1 @@
+"""The stages of a compile; `quantempo.pipeline` runs them in order."""
