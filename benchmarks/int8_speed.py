@@ -204,11 +204,19 @@ def min_max_table(model: Any, plan: Any, inputs: list[Feeds]) -> Any:
     drift = np.linspace(1.0, 1.1, GROUPS)
     tensors = {}
     for name in names:
-        low = min(0.0, *(float(run[name].min()) for run in runs))
-        high = max(0.0, *(float(run[name].max()) for run in runs))
+        centre = None
+        if name in plan.centred:
+            channels = [run[name].reshape(-1, run[name].shape[-1]) for run in runs]
+            ends = np.stack([np.min([c.min(0) for c in channels], 0), np.max([c.max(0) for c in channels], 0)])
+            middle = ends.mean(0)
+            centre = (drift[:, None] * middle).astype(np.float32)
+            low, high = float((ends[0] - middle).min()), float((ends[1] - middle).max())
+        else:
+            low = min(0.0, *(float(run[name].min()) for run in runs))
+            high = max(0.0, *(float(run[name].max()) for run in runs))
         scale = (drift * (high - low) / 255).astype(np.float32)
         point = np.full(GROUPS, round(-low / (high - low) * 255), np.int32)
-        tensors[name] = TensorScales(scale, point, (drift * max(high, -low) / 127).astype(np.float32))
+        tensors[name] = TensorScales(scale, point, (drift * max(high, -low) / 127).astype(np.float32), centre)
     return ScaleTable(Partition(tuple(float(i) for i in range(1, GROUPS)), 0.0, float(GROUPS)), tensors)
 
 
