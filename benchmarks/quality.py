@@ -39,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 UNET = ROOT / "tests" / "models" / "unet"
 UNET_RECIPE = Recipe(range_method="percentile")
 """Its activations have long tails: min-max, best on the DiT, loses to a single clipped scale at guidance 4 here."""
+SOURCES = {"dit": (MODEL, None, DEMO_RECIPE), "unet": (UNET / "unet", UNET / "scheduler", UNET_RECIPE)}
+"""Model, scheduler folder where it is not the model's own, recipe."""
 
 
 FIRST_SEED = 10_000
@@ -141,11 +143,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["dit", "unet"], default=["dit", "unet"])
     parser.add_argument("--json", type=Path, help="written after each model; the other model's figures stay")
     args = parser.parse_args()
-    sources = {"dit": (MODEL, None, DEMO_RECIPE), "unet": (UNET / "unet", UNET / "scheduler", UNET_RECIPE)}
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
         for name in args.models:
-            model, scheduler, recipe = sources[name]
+            model, scheduler, recipe = SOURCES[name]
             bundle = Path(folder) / name
             summary = compile_model(model, bundle, recipe, scheduler=scheduler, progress=console_progress())
             print(summary.text(), flush=True)

@@ -188,12 +188,32 @@ RunBatch = Callable[[TrajectoryBatch, Observer], None]
 Progress = Callable[[int, int], None]
 
 
+class Companion(Protocol):
+    """Statistics beside the collector's, such as `quantempo.calib.gram.GramCollector`."""
+
+    def save(self, path: Path) -> None:
+        """Write everything, in one step."""
+
+    def restore(self, path: Path) -> None:
+        """Become what was saved."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A batch that could not be run: its index and the reason."""
+
+    batch: int
+    samples: int
+    reason: str
+
+
 def run_calibration(
     batches: Sequence[TrajectoryBatch],
     run_batch: RunBatch,
     collector: StatsCollector,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    companion: Companion | None = None,
 ) -> StatsCollector:
     """Run all batches, and go on where an interrupted run stopped.
 
@@ -201,55 +221,109 @@ def run_calibration(
     run.  A later call with the same batches and tensors skips what is done and ends with the same bytes as a run that
     was never interrupted.
 
+    A batch that fails is left out and counted, and the others still run; with the checkpoint a later call runs the
+    missing ones alone.  Nothing is made up: fewer samples than asked for are an error at the end.
+
     Args:
         batches: from `plan_batches`.
         run_batch: runs one batch and hands every denoiser call to the observer.
         collector: a fresh one; its graph and tensors are what is observed.
         checkpoint: file to write and resume from; its folder must exist.
         progress: told the number of batches done and in all, also before the first one.
+        companion: what else `run_batch` fills; it is checkpointed beside the statistics.
 
     Returns:
         The collector with all batches in it: `collector` itself, or the one that the checkpoint held.
 
     Raises:
-        CalibrationError: a batch observed nothing, or the checkpoint belongs to another calibration.
-        NonFiniteActivation: see `StatsCollector.observe`; batches before it stay in the checkpoint.
+        CalibrationError: a batch observed nothing, some failed, or the checkpoint belongs to another calibration.
+        NonFiniteActivation: see `StatsCollector.observe`, where the first batch fails; what ran before stays in the
+            checkpoint.
     """
-    identity = digest(canonical_json({"batches": batches, "graph": collector.graph, "tensors": collector.tensors}))
-    done = 0
-    if checkpoint is not None and checkpoint.exists():
-        done = _resume_point(checkpoint, identity)
-        collector = StatsCollector.load(checkpoint)
+    run = _Calibration(batches, run_batch, collector, checkpoint, companion)
     if progress is not None:
-        progress(done, len(batches))
-    for batch in batches[done:]:
+        progress(len(run.done), len(batches))
+    failures: list[Failure] = []
+    for batch in [b for b in batches if b.index not in run.done]:
+        try:
+            run.batch(batch)
+        except Exception as error:
+            if checkpoint is None or not run.done:
+                raise
+            failures.append(Failure(batch.index, len(batch.seeds), _first_line(error)))
+            run.restore()
+        if progress is not None:
+            progress(len(run.done) + len(failures), len(batches))
+    if failures:
+        asked, failed = sum(len(b.seeds) for b in batches), sum(f.samples for f in failures)
+        raise CalibrationError(
+            "calibration", found=f"{asked - failed} of {asked} samples; {failed} in {len(failures)} batches failed",
+            wanted="all that were asked for", cause=f"batch {failures[0].batch}: {failures[0].reason}",
+            remedy="remove the cause and run the same command again: the samples that succeeded are kept",
+        )
+    return run.collector
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+class _Calibration:
+    """The statistics so far, and the batches that are in them."""
+
+    def __init__(
+        self, batches: Sequence[TrajectoryBatch], run_batch: RunBatch, collector: StatsCollector,
+        checkpoint: Path | None, companion: Companion | None,
+    ) -> None:
+        shown = {"graph": collector.graph, "tensors": collector.tensors, "by_channel": sorted(collector.by_channel)}
+        self._identity = digest(canonical_json({"batches": batches, **shown}))
+        self._run_batch, self._checkpoint, self._companion = run_batch, checkpoint, companion
+        self.collector = collector
+        self.done: list[int] = []
+        if checkpoint is not None and checkpoint.exists():
+            self.restore()
+
+    def restore(self) -> None:
+        """What the checkpoint holds."""
+        assert self._checkpoint is not None
+        self.done = _batches_done(self._checkpoint, self._identity)
+        self.collector = StatsCollector.load(self._checkpoint)
+        if self._companion is not None:
+            self._companion.restore(self._aside(len(self.done)))
+
+    def batch(self, batch: TrajectoryBatch) -> None:
+        """Run one batch and save."""
         calls = 0
 
-        def observe(
-            key: float, taps: Mapping[str, NDArray[Any]], branch: str = "", batch: TrajectoryBatch = batch
-        ) -> None:
+        def observe(key: float, taps: Mapping[str, NDArray[Any]], branch: str = "") -> None:
             nonlocal calls
             calls += 1
-            collector.observe(key, taps, seeds=batch.seeds, branch=branch)
+            self.collector.observe(key, taps, seeds=batch.seeds, branch=branch)
 
-        run_batch(batch, observe)
+        self._run_batch(batch, observe)
         if not calls:
             raise CalibrationError(
                 f"calibration, batch {batch.index} ({batch.program.id} steps)",
                 found="no observed call",
                 wanted="one per denoiser call",
-                cause=f"the program never calls graph {collector.graph!r}",
+                cause=f"the program never calls graph {self.collector.graph!r}",
                 remedy="calibrate with a program that calls it",
             )
-        done += 1
-        if checkpoint is not None:
-            collector.save(checkpoint, note={"calibration": identity, "done": done})
-        if progress is not None:
-            progress(done, len(batches))
-    return collector
+        self.done.append(batch.index)
+        if self._checkpoint is not None:
+            # First the companion, under a name of its own: whenever the process dies, the pair fits together.
+            if self._companion is not None:
+                self._companion.save(self._aside(len(self.done)))
+            self.collector.save(self._checkpoint, note={"calibration": self._identity, "done": self.done})
+            self._aside(len(self.done) - 1).unlink(missing_ok=True)
+
+    def _aside(self, done: int) -> Path:
+        assert self._checkpoint is not None
+        return self._checkpoint.with_name(f"{self._checkpoint.name}.{done}")
 
 
-def _resume_point(checkpoint: Path, identity: str) -> int:
+def _batches_done(checkpoint: Path, identity: str) -> list[int]:
     note = read_note(checkpoint)
     if not isinstance(note, dict) or note.get("calibration") != identity:
         raise CalibrationError(
@@ -259,4 +333,4 @@ def _resume_point(checkpoint: Path, identity: str) -> int:
             cause="the calibration set or the plan changed since the run was interrupted",
             remedy="delete the file to calibrate from the start, or restore the former settings",
         )
-    return int(note["done"])
+    return [int(index) for index in note["done"]]

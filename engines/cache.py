@@ -135,7 +135,8 @@ class EngineCache:
 
     Args:
         folder: made with mode 700 where it is missing.
-        notice: is told when an entry is damaged and built again; a warning by default.
+        notice: is told when an entry is damaged, or was made for another device or library version, and is built
+            again; a warning by default.
 
     Raises:
         EngineError: others can write to the folder, or it belongs to somebody else.
@@ -183,6 +184,8 @@ class EngineCache:
                 os.utime(place)
                 return place
             self._discard(place, fault)
+        else:
+            self._tell_of_elsewhere(parts)
         work = Path(tempfile.mkdtemp(prefix=f"{_LEFTOVER}{parts.key[:12]}-", dir=self.folder))
         try:
             build(work)
@@ -194,6 +197,15 @@ class EngineCache:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return place
+
+    def _tell_of_elsewhere(self, parts: KeyParts) -> None:
+        """Say why an entry of the same graph is no hit, where device or library are the only difference."""
+        for entry in self.entries():
+            changed = differences(parts, entry.parts)
+            if changed and {item.part for item in changed} <= {"device", "version"}:
+                what = ", ".join(str(item) for item in changed)
+                self._notice(f"engine cache: entry {entry.parts.key[:12]} does not fit here and is built anew: {what}")
+                return
 
     def _publish(self, work: Path, place: Path, parts: KeyParts) -> None:
         try:

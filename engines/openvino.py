@@ -8,6 +8,7 @@ it does not do with free ones (docs/openvino.md has the figures).
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from quantempo.engines.cpu import cpu_features
 from quantempo.engines.host import HostBuffer, HostEngine, aligned_zeros, allocate
 from quantempo.engines.onnx_graph import OnnxGraph
 from quantempo.engines.onnx_reader import read_graph
+from quantempo.engines.saturation import SaturationNotice, unsafe_reason
+from quantempo.engines.simulation import SimulatedNotice, simulation_notice
 from quantempo.errors import EngineError, MissingExtra, nearest
 
 SETTINGS = {
@@ -49,7 +52,7 @@ _TYPES = {
 @cache
 def _openvino() -> Any:
     try:
-        with _without_telemetry():
+        with without_telemetry():
             import openvino
     except ImportError as error:
         raise MissingExtra("engine 'openvino'", package="openvino", extra="openvino") from error
@@ -57,7 +60,7 @@ def _openvino() -> Any:
 
 
 @contextmanager
-def _without_telemetry() -> Iterator[None]:
+def without_telemetry() -> Iterator[None]:
     """`import openvino` reports the import to its vendor unless its telemetry package cannot be imported."""
     name = "openvino_telemetry"
     missing = object()
@@ -97,7 +100,27 @@ def open_engine(graph: Path, options: EngineOptions) -> OpenVinoEngine:
         )
     settings = _settings(graph, options)
     onnx_file.check_external_files(graph)
+    if simulated := simulation_notice(graph):
+        warnings.warn(f"{graph.name}: {simulated}", SimulatedNotice, stacklevel=3)
+    if reason := unsafe_reason(graph, cpu_features()):
+        warnings.warn(
+            f"{graph.name}: OpenVINO has no mode that avoids saturation, results may be wrong ({reason}); "
+            "use the engine 'ort'", SaturationNotice, stacklevel=3,
+        )
     return OpenVinoEngine(graph, options, settings)
+
+
+def key_parts(graph: Path, options: EngineOptions, sizes: Mapping[str, int] | None = None) -> KeyParts:
+    """What a compiled graph depends on; `sizes` as for `bind`.
+
+    Raises:
+        EngineError: as `open_engine`.
+    """
+    engine = open_engine(graph, options)
+    try:
+        return engine.key_parts(sizes)
+    finally:
+        engine.close()
 
 
 def executed_precisions(
@@ -120,6 +143,20 @@ def executed_precisions(
     return Counter(f"{layer.kind}:{layer.precision}" for layer in layers if layer.kind not in ("Const", "Input"))
 
 
+def integer_layers(
+    graph: Path, options: EngineOptions | None = None, sizes: Mapping[str, int] | None = None
+) -> frozenset[str]:
+    """Names of the graph's nodes that went into products with integer activations; what the fusion gate judges.
+
+    Raises:
+        EngineError: as `open_engine`.
+    """
+    layers = _layers(graph, options or EngineOptions(), sizes)
+    return frozenset(
+        name for layer in layers if layer.kind in _PRODUCTS and layer.precision in INTEGERS for name in layer.originals
+    )
+
+
 def sites_in_float(
     graph: Path, options: EngineOptions | None = None, sizes: Mapping[str, int] | None = None
 ) -> tuple[str, ...]:
@@ -128,10 +165,7 @@ def sites_in_float(
     Raises:
         EngineError: as `open_engine`.
     """
-    layers = _layers(graph, options or EngineOptions(), sizes)
-    integer = {
-        name for layer in layers if layer.kind in _PRODUCTS and layer.precision in INTEGERS for name in layer.originals
-    }
+    integer = integer_layers(graph, options, sizes)
     # OpenVINO names a fused layer after its parts, with suffixes such as `/DequantizationMultiply`.
     return tuple(
         node.name or node.outputs[0]
@@ -259,7 +293,7 @@ class OpenVinoEngine(HostEngine):
             return self._build(sizes)
         cache_folder = EngineCache(Path(self._settings["cache"]))
         blob = cache_folder.get_or_build(
-            self._key_parts(sizes), lambda: bytes(self._build(sizes).export_model().getvalue())
+            self.key_parts(sizes), lambda: bytes(self._build(sizes).export_model().getvalue())
         )
         try:
             # The blob holds the state of the compiled graph; what is asked at load time is asked again.
@@ -267,7 +301,8 @@ class OpenVinoEngine(HostEngine):
         except Exception as error:
             raise _refusal(self.name, "a compiled graph that OpenVINO loads", error) from error
 
-    def _key_parts(self, sizes: Mapping[str, int] | None) -> KeyParts:
+    def key_parts(self, sizes: Mapping[str, int] | None) -> KeyParts:
+        """What the compiled graph for these sizes depends on."""
         weights = {n: file_digest(self.graph.parent / n) for n in onnx_file.external_files(self.graph)}
         return KeyParts(
             graph=file_digest(self.graph), weights=weights,

@@ -7,6 +7,7 @@ without a copy and keeps it alive.  A binding is bound once; a call is one `run_
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,13 @@ import numpy as np
 from quantempo.contracts.engine import Buffer, EngineOptions, dtype_of
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.engines import onnx_file
+from quantempo.engines.cache import EngineCache, KeyParts, file_digest
+from quantempo.engines.cpu import cpu_features
 from quantempo.engines.host import HostBuffer, HostEngine, aligned_zeros, allocate
+from quantempo.engines.onnx_graph import OnnxGraph
+from quantempo.engines.onnx_reader import read_graph
+from quantempo.engines.saturation import SaturationNotice, unsafe_reason
+from quantempo.engines.simulation import SimulatedNotice, simulation_notice
 from quantempo.errors import EngineError, MissingExtra, nearest
 
 _TYPES = {
@@ -33,9 +40,18 @@ SETTINGS = {
     "optimization": tuple(_LEVELS),
     "prepacking": tuple(_SWITCH),
     "spinning": ("on", "off"),
+    "integers": ("auto", "fast", "precise"),
+    "cache": ("a folder",),
 }
 """What `EngineOptions.settings` may hold, and the values: graph optimization level, packing of weights at load (faster,
-one more copy in memory), and whether idle threads spin (faster, but they burn a core)."""
+one more copy in memory), whether idle threads spin (faster, but they burn a core), what happens to 8-bit weights on a
+CPU whose integer products saturate (`auto` takes the precise mode there, with a notice), and where optimized graphs are
+kept (empty: nowhere)."""
+
+DEFAULTS = {"optimization": "all", "prepacking": "on", "spinning": "on", "integers": "auto", "cache": ""}
+PRECISE = "session.x64quantprecision"
+OPTIMIZED, OPTIMIZED_WEIGHTS = "graph.onnx", "weights.bin"
+"""Files of an entry in the engine cache."""
 
 
 def _onnxruntime() -> Any:
@@ -57,15 +73,62 @@ def open_engine(graph: Path, options: EngineOptions) -> OrtEngine:
         UnsafePath: the graph refers to weights outside its folder, or through a link.
         MissingExtra: onnxruntime is not installed.
     """
-    ort = _onnxruntime()
+    _onnxruntime()
     if not graph.is_file():
         raise EngineError(
             f"{graph}", found="no such file", wanted="an ONNX graph file", cause="a wrong path",
             remedy="look at the path again",
         )
+    settings = _settings(graph, options)
     onnx_file.check_external_files(graph)
-    session_options = _session_options(ort, graph, options)
-    return OrtEngine(graph, _session(ort, graph, options, session_options))
+    if not settings["cache"]:
+        return OrtEngine(graph, _session(graph, options, _session_options(settings, options.threads)))
+    entry = EngineCache(Path(settings["cache"])).folder_for(
+        _key_parts(graph, options, settings), lambda folder: save_optimized(graph, options, settings, folder)
+    )
+    # What was optimized is opened as it is: a hit costs no optimizer pass.
+    session_options = _session_options({**settings, "optimization": "none"}, options.threads)
+    return OrtEngine(graph, _session(entry / OPTIMIZED, EngineOptions(), session_options))
+
+
+def version() -> str:
+    """The version of the installed library."""
+    return str(_onnxruntime().__version__)
+
+
+def key_parts(graph: Path, options: EngineOptions, sizes: Mapping[str, int] | None = None) -> KeyParts:
+    """What an optimized graph depends on; the sizes of symbolic dimensions do not matter here."""
+    return _key_parts(graph, options, _settings(graph, options))
+
+
+def _key_parts(graph: Path, options: EngineOptions, settings: Mapping[str, str]) -> KeyParts:
+    weights = {name: file_digest(graph.parent / name) for name in onnx_file.external_files(graph)}
+    return KeyParts(
+        graph=file_digest(graph), weights=weights, backend="ort", version=version(),
+        device=cpu_features().fingerprint,
+        flags={
+            "optimization": settings["optimization"], "integers": settings["integers"],
+            "extra_outputs": ",".join(options.extra_outputs),
+        },
+    )
+
+
+def save_optimized(graph: Path, options: EngineOptions, settings: Mapping[str, str], folder: Path) -> Path:
+    """Let ONNX Runtime optimize a graph for this CPU and save the result in a folder.
+
+    Raises:
+        EngineError: as `open_engine`.
+    """
+    session_options = _session_options({**settings, "prepacking": "off"}, options.threads)
+    saved = folder / OPTIMIZED
+    session_options.optimized_model_filepath = str(saved)
+    # Weights go to a file of their own, so that a model above protobuf's 2 GiB can be saved too.
+    session_options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", OPTIMIZED_WEIGHTS
+    )
+    session_options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    _session(graph, options, session_options)
+    return saved
 
 
 def executed_operators(graph: Path, options: EngineOptions | None = None) -> Counter[str]:
@@ -76,43 +139,67 @@ def executed_operators(graph: Path, options: EngineOptions | None = None) -> Cou
     Raises:
         EngineError: as `open_engine`.
     """
-    ort = _onnxruntime()
     options = options or EngineOptions()
     onnx_file.check_external_files(graph)
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        session_options = _session_options(ort, graph, options)
-        saved = Path(folder) / "optimized.onnx"
-        session_options.optimized_model_filepath = str(saved)
-        # Weights go to a file of their own, so that a model above protobuf's 2 GiB can be saved too.
-        session_options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "w.bin")
-        session_options.add_session_config_entry(
-            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
-        )
-        _session(ort, graph, options, session_options)
-        return onnx_file.operators(saved)
+        return onnx_file.operators(save_optimized(graph, options, _settings(graph, options), Path(folder)))
 
 
-def _session_options(ort: Any, graph: Path, options: EngineOptions) -> Any:
-    made = ort.SessionOptions()
-    settings = {"optimization": "all", "prepacking": "on", "spinning": "on", **options.settings}
+def optimized_graph(graph: Path, options: EngineOptions | None = None) -> OnnxGraph:
+    """The structure of the graph that ONNX Runtime really runs; what the fusion gate judges.
+
+    Raises:
+        EngineError: as `open_engine`.
+    """
+    options = options or EngineOptions()
+    onnx_file.check_external_files(graph)
+    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+        return read_graph(save_optimized(graph, options, _settings(graph, options), Path(folder)))
+
+
+def _settings(graph: Path, options: EngineOptions) -> dict[str, str]:
+    """All settings, with `integers` decided for this CPU; tells where that costs speed."""
+    settings = {**DEFAULTS, **options.settings}
     for key, value in settings.items():
-        if key not in SETTINGS or value not in SETTINGS[key]:
+        if key not in SETTINGS or (key != "cache" and value not in SETTINGS[key]):
             legal = SETTINGS.get(key, tuple(SETTINGS))
             raise EngineError(
                 f"{graph.name}: settings", found=f"{key}={value}", wanted=f"one of {', '.join(legal)}",
                 cause="a setting of another engine, or a misspelling",
                 remedy=nearest(value if key in SETTINGS else key, legal),
             )
+    simulated = simulation_notice(graph)
+    if simulated:
+        warnings.warn(f"{graph.name}: {simulated}", SimulatedNotice, stacklevel=4)
+        # Its fusions of quantizers make integer operators, which refuse FP8.
+        if settings["optimization"] in ("all", "extended"):
+            settings["optimization"] = "basic"
+    if settings["integers"] == "auto":
+        reason = unsafe_reason(graph, cpu_features())
+        settings["integers"] = "precise" if reason else "fast"
+        if reason:
+            warnings.warn(
+                f"{graph.name} runs in the precise mode of ONNX Runtime, which is slower: {reason}", SaturationNotice,
+                stacklevel=4,
+            )
+    return settings
+
+
+def _session_options(settings: Mapping[str, str], threads: int) -> Any:
+    ort = _onnxruntime()
+    made = ort.SessionOptions()
+    if settings["integers"] == "precise":
+        made.add_session_config_entry(PRECISE, "1")
     made.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[settings["optimization"]])
     made.add_session_config_entry("session.disable_prepacking", _SWITCH[settings["prepacking"]])
     made.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings["spinning"] == "on" else "0")
-    made.intra_op_num_threads = options.threads
+    made.intra_op_num_threads = threads
     made.inter_op_num_threads = 1
     made.log_severity_level = 3  # errors only: they come back as exceptions with the same words
     return made
 
 
-def _session(ort: Any, graph: Path, options: EngineOptions, session_options: Any) -> Any:
+def _session(graph: Path, options: EngineOptions, session_options: Any) -> Any:
     source: str | bytes = str(graph)
     if options.extra_outputs:
         source = onnx_file.with_outputs(graph, options.extra_outputs)
@@ -120,7 +207,7 @@ def _session(ort: Any, graph: Path, options: EngineOptions, session_options: Any
             "session.model_external_initializers_file_folder_path", str(graph.parent.resolve())
         )
     try:
-        return ort.InferenceSession(source, session_options, providers=["CPUExecutionProvider"])
+        return _onnxruntime().InferenceSession(source, session_options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
         raise _refusal(f"ort {graph.name}", "a graph that ONNX Runtime opens", error) from error
 

@@ -80,14 +80,8 @@ def revert_losing(
         PlanError: a site is in two regions, or there is none.
         EngineError: a variant does not run.
     """
-    every = [site for region in regions for site in region.sites]
-    if not every or len(set(every)) < len(every):
-        raise PlanError(
-            "latency guard: regions", found="a site twice" if every else "no site",
-            wanted="disjoint regions with sites", cause="the regions were put together wrongly",
-            remedy="name each site once",
-        )
-    search = _Search(make, timing or Timing(), frozenset(every))
+    every = _all_sites(regions)
+    search = _Search(make, timing or Timing(), every)
     for region in regions:
         search.judge(region)
     left = search.quantized
@@ -98,7 +92,30 @@ def revert_losing(
             verdict = replace(verdict, note="still slower than the float model: nothing is left quantized")
     else:
         verdict = replace(compare(twin, twin, search.timing), note="every region loses: nothing is left quantized")
-    return RegionReport(tuple(sorted(set(every) - left)), tuple(search.verdicts), verdict)
+    return RegionReport(tuple(sorted(every - left)), tuple(search.verdicts), verdict)
+
+
+def time_regions(regions: Sequence[Region], make: Make, timing: Timing | None = None) -> tuple[RegionVerdict, ...]:
+    """What each region brings, measured by taking it alone out of the quantized model; nothing is reverted.
+
+    Raises:
+        PlanError, EngineError: as `revert_losing`.
+    """
+    search = _Search(make, timing or Timing(), _all_sites(regions))
+    for region in regions:
+        search.measure(region)
+    return tuple(search.verdicts)
+
+
+def _all_sites(regions: Sequence[Region]) -> frozenset[str]:
+    every = [site for region in regions for site in region.sites]
+    if not every or len(set(every)) < len(every):
+        raise PlanError(
+            "latency guard: regions", found="a site twice" if every else "no site",
+            wanted="disjoint regions with sites", cause="the regions were put together wrongly",
+            remedy="name each site once",
+        )
+    return frozenset(every)
 
 
 class _Search:
@@ -110,7 +127,7 @@ class _Search:
 
     def judge(self, region: Region) -> None:
         """Revert what loses of a region."""
-        if not self._time(region).loses:
+        if not self.measure(region).loses:
             return
         for part in self._guilty(region):
             self.quantized -= set(part.sites)
@@ -124,10 +141,11 @@ class _Search:
             Region(f"{region.name}[{start}:{end}]", region.sites[start:end])
             for start, end in ((0, middle), (middle, len(region.sites)))
         ]
-        losing = [half for half in halves if self._time(half).loses]
+        losing = [half for half in halves if self.measure(half).loses]
         return [part for half in losing for part in self._guilty(half)] or [region]
 
-    def _time(self, region: Region) -> RegionVerdict:
+    def measure(self, region: Region) -> RegionVerdict:
+        """Time the model without a region against the model with it."""
         without = self.make(self.quantized - set(region.sites))
         verdict = compare(without, self.make(self.quantized), self.timing)
         found = RegionVerdict(

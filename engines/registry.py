@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from quantempo.contracts.engine import Engine, EngineOptions
+from quantempo.engines.cache import KeyParts
 from quantempo.errors import EngineError, MissingExtra, nearest
 
 
@@ -21,12 +23,16 @@ class Backend:
         package: the library that must be importable; `None` where none is needed.
         extra: the extra of quantempo that installs it.
         dialects: the denoiser graphs that suit it, best first.
+        compiles: whether it has the setting `cache` for what it makes of a graph.
+        opener: name of the module's function; two backends of one module have different ones.
     """
 
     module: str
     package: str | None = None
     extra: str = ""
     dialects: tuple[str, ...] = ("ort", "portable", "float")
+    compiles: bool = False
+    opener: str = "open_engine"
 
     @property
     def installed(self) -> bool:
@@ -36,8 +42,13 @@ class Backend:
 
 _BACKENDS = {
     "echo": Backend("quantempo.engines.echo"),
-    "openvino": Backend("quantempo.engines.openvino", "openvino", "openvino", dialects=("portable", "float")),
-    "ort": Backend("quantempo.engines.ort", "onnxruntime", "cpu"),
+    "openvino": Backend("quantempo.engines.openvino", "openvino", "openvino", ("portable", "float"), compiles=True),
+    "ort": Backend("quantempo.engines.ort", "onnxruntime", "cpu", compiles=True),
+    "tensorrt": Backend("quantempo.engines.tensorrt", "tensorrt", "tensorrt", ("fp8", "portable", "float")),
+    "tensorrt-rtx": Backend(
+        "quantempo.engines.tensorrt", "tensorrt_rtx", "tensorrt-rtx", ("fp8", "portable", "float"),
+        opener="open_rtx_engine",
+    ),
 }
 
 
@@ -49,6 +60,12 @@ def backends() -> tuple[str, ...]:
 def installed_backends() -> tuple[str, ...]:
     """The backends whose library is there."""
     return tuple(name for name in backends() if _BACKENDS[name].installed)
+
+
+def compiles(backend: str) -> bool:
+    """Whether a backend has the setting `cache`; `False` for an unknown one."""
+    known = _BACKENDS.get(backend)
+    return known is not None and known.compiles
 
 
 def preferred_dialect(backend: str, there: Iterable[str]) -> str | None:
@@ -70,6 +87,25 @@ def open_engine(backend: str, graph: Path, options: EngineOptions | None = None)
         EngineError: unknown backend, or the engine refuses the graph (with the engine's own words).
         MissingExtra: the backend's library is not installed.
     """
+    module = _module(backend)
+    engine: Engine = getattr(module, _BACKENDS[backend].opener)(Path(graph), options or EngineOptions())
+    return engine
+
+
+def cache_key(
+    backend: str, graph: Path, options: EngineOptions, sizes: Mapping[str, int] | None = None
+) -> KeyParts | None:
+    """What a compiled engine of this graph depends on; `None` for a backend that compiles nothing.
+
+    Raises:
+        EngineError, MissingExtra: as `open_engine`.
+    """
+    find = getattr(_module(backend), "key_parts", None)
+    parts: KeyParts | None = find(Path(graph), options, sizes) if find is not None else None
+    return parts
+
+
+def _module(backend: str) -> ModuleType:
     known = _BACKENDS.get(backend)
     if known is None:
         raise EngineError(
@@ -78,5 +114,4 @@ def open_engine(backend: str, graph: Path, options: EngineOptions | None = None)
         )
     if not known.installed:
         raise MissingExtra(f"engine {backend!r}", package=str(known.package), extra=known.extra)
-    engine: Engine = importlib.import_module(known.module).open_engine(Path(graph), options or EngineOptions())
-    return engine
+    return importlib.import_module(known.module)

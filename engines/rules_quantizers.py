@@ -6,12 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from quantempo.engines.cpu import saturates
 from quantempo.engines.onnx_graph import OnnxNode
 from quantempo.engines.rules import Finding, Subject
-
-SAMPLED_WEIGHTS = 1 << 16
-"""Weight values that are looked at per site where a CPU saturates."""
+from quantempo.engines.saturation import saturating_weights
 
 NONLINEAR = frozenset({
     "Sigmoid", "Gelu", "Erf", "Tanh", "Softmax", "HardSwish", "HardSigmoid", "Mish", "Swish", "Softplus", "Elu", "Exp",
@@ -185,18 +182,11 @@ def detached_quantizer(subject: Subject) -> Iterator[Finding]:
 def saturation(subject: Subject) -> Iterator[Finding]:
     """U8 activations and wide weights on a CPU that adds two products into 16 bits."""
     integers = subject.target.integers
-    if integers.exact:
-        return
-    for tensor in subject.graph.constants.values():
-        if tensor.dtype != "int8" or len(tensor.shape) < 2:
-            continue
-        values = tensor.sample(SAMPLED_WEIGHTS)
-        if values is not None and values.size and saturates(integers, int(values.min()), int(values.max())):
-            yield Finding(
-                "refused", "saturation", tensor.name,
-                f"weights of {values.min()} to {values.max()}: {integers.reason}",
-                "compile for this CPU (7-bit weights), or open the graph in the precise mode, which is slower",
-            )
+    for tensor, low, high in saturating_weights(subject.graph, integers):
+        yield Finding(
+            "refused", "saturation", tensor.name, f"weights of {low} to {high}: {integers.reason}",
+            "compile for this CPU (7-bit weights), or open the graph in the precise mode, which is slower",
+        )
 
 
 def weight_axis(subject: Subject) -> Iterator[Finding]:

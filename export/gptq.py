@@ -8,6 +8,8 @@ Scales stay as they are, so the stored format is the same as for plain rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,12 +44,23 @@ def compensated_rounding(
             cause="statistics of another tensor or model", remedy="calibrate again with this plan",
         )
     steps = weight.astype(np.float64) / scale.astype(np.float64)
-    plain = np.clip(np.rint(steps), -limit, limit)
+    return compensated_rounding_to(lambda row: np.clip(np.rint(row), -limit, limit), steps, gram).astype(np.int8)
+
+
+Nearest = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""To the nearest number of a format."""
+
+
+def compensated_rounding_to(
+    nearest: Nearest, steps: NDArray[np.float64], gram: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """`steps` `[k, n]`, weights over their scale, as numbers of a format; with compensation where that helps."""
+    plain = nearest(steps)
     order = np.argsort(-np.diag(gram), kind="stable")
     rounded = np.empty_like(plain)
-    rounded[order] = _round_rows(steps[order], _factor(gram[np.ix_(order, order)]), limit)
+    rounded[order] = _round_rows(steps[order], _factor(gram[np.ix_(order, order)]), nearest)
     better = output_error(steps - rounded, gram) < output_error(steps - plain, gram)
-    return np.where(better, rounded, plain).astype(np.int8)
+    return np.where(better, rounded, plain)
 
 
 def output_error(error: NDArray[np.float64], gram: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -65,14 +78,14 @@ def _factor(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     return factor
 
 
-def _round_rows(steps: NDArray[np.float64], factor: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
+def _round_rows(steps: NDArray[np.float64], factor: NDArray[np.float64], nearest: Nearest) -> NDArray[np.float64]:
     """Round row by row; errors go to the rows of the block at once and to all later blocks in one product."""
     work, rounded = steps.copy(), np.empty_like(steps)
     for start in range(0, len(steps), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(steps))
         errors = np.empty((stop - start, steps.shape[1]))
         for row in range(start, stop):
-            rounded[row] = np.clip(np.rint(work[row]), -limit, limit)
+            rounded[row] = nearest(work[row])
             errors[row - start] = (work[row] - rounded[row]) / factor[row, row]
             work[row + 1 : stop] -= np.outer(factor[row, row + 1 : stop], errors[row - start])
         work[stop:] -= factor[start:stop, stop:].T @ errors

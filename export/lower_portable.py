@@ -56,12 +56,12 @@ def lower_portable(
         PlanError: the plan does not fit the graph.
     """
     lowering = Lowering.start(model, plan, table, weights, options or LoweringOptions())
-    rescaled: dict[ActivationKey, _Rescaled] = {}
+    rescaled: dict[ActivationKey, Rescaled] = {}
     for place in lowering.places:
         key = activation_key(place)
         if key not in rescaled:
             rescaled[key] = _quantize(lowering, place, key)
-        _product(lowering, place, rescaled[key])
+        product(lowering, place, rescaled[key])
     outputs = {site.output for site in plan.quantized() if site.op == "conv"}
     read = {key.tensor for key in rescaled}
     return lowering.finish("portable", unused=outputs - read)
@@ -104,7 +104,7 @@ class AffineForm:
 
 
 @dataclass(frozen=True, eq=False)
-class _Rescaled:
+class Rescaled:
     """A quantized and dequantized activation, and what undoes its rescaling; `None` where there is nothing to undo.
 
     Args:
@@ -117,12 +117,12 @@ class _Rescaled:
     corrections: NDArray[np.float32] | None = None
 
 
-def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey) -> _Rescaled:
+def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey) -> Rescaled:
     form = AffineForm.of(*lowering.scales(key), key.bits)
     name = f"{key.tensor}.{'symmetric' if key.symmetric else 'affine'}{key.bits}"
     here, shape = place.node, place.activation.shape
     value = place.activation
-    state = _Rescaled(name, value)
+    state = Rescaled(name, value)
 
     def step(operator: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         result = lowering.node(here, operator, inputs, f"{name}.{suffix}")
@@ -148,7 +148,8 @@ def _quantize(lowering: Lowering, place: PlacedSite, key: ActivationKey) -> _Res
     return replace(state, value=value)
 
 
-def _product(lowering: Lowering, place: PlacedSite, activation: _Rescaled) -> None:
+def product(lowering: Lowering, place: PlacedSite, activation: Rescaled) -> None:
+    """Put the product of a quantized activation and the site's quantized weight in the site's place."""
     site, here = place.site, place.node
     weight = place.node.inputs[1]
     if lowering.options.quantization:
@@ -157,15 +158,14 @@ def _product(lowering: Lowering, place: PlacedSite, activation: _Rescaled) -> No
             here, "DequantizeLinear", [integers, scale], f"{site.output}.weight", axis=output_axis(site)
         )
         describe(weight, ir.DataType.FLOAT, integers.shape)
-    product = lowering.node(here, "MatMul" if site.op == "matmul" else "Conv", [activation.value, weight],
-                            f"{site.output}.product")
+    operator = "MatMul" if site.op == "matmul" else "Conv"
+    result = lowering.node(here, operator, [activation.value, weight], f"{site.output}.product")
     shape = here.outputs[0].shape
-    describe(product, ir.DataType.FLOAT, shape)
-    producer = product.producer()
+    describe(result, ir.DataType.FLOAT, shape)
+    producer = result.producer()
     assert producer is not None
     for attribute in here.attributes.values():
         producer.attributes.add(attribute)
-    result = product
     if activation.grow is not None:
         result = lowering.node(here, "Mul", [result, activation.grow], f"{site.output}.grown")
         describe(result, ir.DataType.FLOAT, shape)
@@ -176,7 +176,7 @@ def _product(lowering: Lowering, place: PlacedSite, activation: _Rescaled) -> No
     lowering.replace(place, result, bias_included=row is not None)
 
 
-def _row(lowering: Lowering, place: PlacedSite, activation: _Rescaled) -> ir.Value | None:
+def _row(lowering: Lowering, place: PlacedSite, activation: Rescaled) -> ir.Value | None:
     """`b - (c_g / r_g) · colsum(W)`, a row of `n` values; `None` where there is neither bias nor correction."""
     site = place.site
     # Of the product's rank: ONNX Runtime makes a Gemm of a product with a bias of rank 1, and on graphs of this opset

@@ -20,6 +20,7 @@ from quantempo.contracts.table import ScaleTable, TensorScales
 from quantempo.errors import ExportError, NoSites, PlanError, ScaleMissing
 from quantempo.export.centring import apply_centres, bias_per_group
 from quantempo.export.weights import (
+    FP8_VALUES,
     SCALE,
     VALUES,
     QuantizedWeight,
@@ -315,10 +316,10 @@ class Lowering:
         return self._constants[key]
 
     def weight_constants(self, site: Site) -> tuple[ir.Value, ir.Value]:
-        """INT8 values and scale of a site's weight, as initializers."""
+        """Values and scale of a site's quantized weight, as initializers."""
         weight = self.weights[site.weight]
         return (
-            self.constant(f"{site.weight}{VALUES}", weight.values),
+            self.constant(f"{site.weight}{VALUES if weight.values.dtype == np.int8 else FP8_VALUES}", weight.values),
             self.constant(f"{site.weight}{SCALE}", weight.scale),
         )
 

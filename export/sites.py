@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from quantempo.contracts.plan import Decision, Keep, Quantize, QuantPlan, Share, Site
+from quantempo.contracts.plan import Decision, Keep, Quantize, QuantPlan, Rule, Share, Site
 from quantempo.errors import NoSites, PlanError, nearest
 from quantempo.export.centring import centreable, check_centred
 from quantempo.export.passes.edit import module_of, stored_shape
@@ -29,6 +29,7 @@ class PlanOptions:
     Args:
         keep: module patterns (fnmatch, case-sensitive) to leave in float on top of the rules.
         quantize: module patterns to quantize although a rule would leave them.
+        rules: changes in order, a later one wins; `keep` wins over all of them.
         symmetric_convs: fix the zero point of convolutions (the portable dialect always does).
         activation_bits, weight_bits: below 8 is simulated.
         smallest: channels below which a product stays in float.
@@ -37,6 +38,7 @@ class PlanOptions:
 
     keep: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
     symmetric_convs: bool = False
     activation_bits: int = 8
     weight_bits: int = 8
@@ -137,9 +139,9 @@ def default_plan(
 ) -> QuantPlan:
     """Quantize every site but those that are known to be sensitive or too small to gain.
 
-    Rules, in order: a `keep` pattern; a `quantize` pattern; the layers next to input and output; timestep and class
-    embedders; fewer than `smallest` channels in or out.  A site that reads the same tensor as an earlier one shares
-    its scale.
+    Rules, in order: a `keep` pattern; the last of `rules` that says so; a `quantize` pattern; the layers next to input
+    and output; timestep and class embedders; fewer than `smallest` channels in or out.  A site that reads the same
+    tensor as an earlier one shares its scale.
 
     Args:
         model: a graph in normal form.
@@ -153,7 +155,7 @@ def default_plan(
     """
     options = options or PlanOptions()
     found = tuple(sites) if sites is not None else find_sites(model)
-    for pattern in (*options.keep, *options.quantize):
+    for pattern in (*options.keep, *options.quantize, *(rule.match for rule in options.rules)):
         check_pattern(pattern, found)
     borders = border_sites(model)
     reasons = {site.id: _reason(site, options, borders.get(site.output)) for site in found}
@@ -169,15 +171,18 @@ def default_plan(
         reason = reasons[site.id]
         if reason is not None:
             decisions[site.id] = Keep(reason)
-        elif site.tensor in owners and site.op == _site_of(owners[site.tensor], found).op:
-            decisions[site.id] = Share(owners[site.tensor])
-        else:
-            owners.setdefault(site.tensor, site.id)
-            decisions[site.id] = Quantize(
-                symmetric=options.symmetric_convs and site.op == "conv",
-                activation_bits=options.activation_bits,
-                weight_bits=options.weight_bits,
+            continue
+        settings = _settings(site, options)
+        owner = owners.setdefault(site.tensor, site.id)
+        shared = decisions.get(owner)
+        if isinstance(shared, Quantize) and shared.activation_bits != settings.activation_bits:
+            raise PlanError(
+                f"rules, site {site.id!r}", found=f"{settings.activation_bits} activation bits",
+                wanted=f"{shared.activation_bits}, as {owner!r} has", cause="both read one tensor, which has one scale",
+                remedy="give both the same activation_bits",
             )
+        alike = shared == settings and site.op == _site_of(owner, found).op
+        decisions[site.id] = Share(owner) if alike and owner != site.id else settings
     centred = centreable(model, found, decisions) if options.centre else ()
     return QuantPlan(model=digest, sites=found, decisions=decisions, centred=centred)
 
@@ -234,7 +239,7 @@ def check_pattern(pattern: str, sites: Iterable[Site]) -> tuple[Site, ...]:
         PlanError: none; names the nearest module.
     """
     sites = tuple(sites)
-    matched = tuple(s for s in sites if fnmatchcase(s.module, pattern) or fnmatchcase(s.id, pattern))
+    matched = tuple(site for site in sites if _matches(site, pattern))
     if not matched:
         modules = sorted({site.module for site in sites})
         hint = nearest(pattern, modules)
@@ -251,12 +256,24 @@ def _site_of(identifier: str, sites: Sequence[Site]) -> Site:
     return next(site for site in sites if site.id == identifier)
 
 
+def _settings(site: Site, options: PlanOptions) -> Quantize:
+    """How a site is quantized."""
+    activation, weight = options.activation_bits, options.weight_bits
+    for rule in options.rules:
+        if _matches(site, rule.match):
+            activation, weight = rule.activation_bits or activation, rule.weight_bits or weight
+    return Quantize(options.symmetric_convs and site.op == "conv", activation, weight)
+
+
 def _reason(site: Site, options: PlanOptions, border: str | None) -> str | None:
     """Why a site stays in float; `None` where it is quantized."""
     for pattern in options.keep:
-        if fnmatchcase(site.module, pattern) or fnmatchcase(site.id, pattern):
+        if _matches(site, pattern):
             return f"kept by pattern {pattern!r}"
-    if any(fnmatchcase(site.module, p) or fnmatchcase(site.id, p) for p in options.quantize):
+    for rule in reversed(options.rules):
+        if rule.action and _matches(site, rule.match):
+            return None if rule.action == "quantize" else rule.reason or f"kept by rule {rule.match!r}"
+    if any(_matches(site, pattern) for pattern in options.quantize):
         return None
     if border is not None:
         return border
@@ -265,6 +282,10 @@ def _reason(site: Site, options: PlanOptions, border: str | None) -> str | None:
     if site.n < options.smallest or site.k < options.smallest:
         return f"k={site.k}, n={site.n}: fewer than {options.smallest} channels gain nothing"
     return None
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    return fnmatchcase(site.module, pattern) or fnmatchcase(site.id, pattern)
 
 
 def _commonest(reasons: Iterable[str | None]) -> str:

@@ -99,6 +99,29 @@ def open_source(model: Path, scheduler: Path | None = None) -> ModelSource:
     )
 
 
+def open_structure(model: Path) -> ModelSource:
+    """What the configuration files of a model directory say; no weight is looked at, and no scheduler is needed.
+
+    Returns:
+        A source with an empty digest, which is good for `quantempo.export.structure` alone.
+
+    Raises:
+        NotAModelDirectory, UnsupportedModel: as `open_source`.
+    """
+    model = Path(model)
+    _refuse_non_directory(model)
+    pipeline = (model / "model_index.json").is_file()
+    if not pipeline and not (model / "config.json").is_file():
+        raise _not_a_model(model)
+    index = read_json_object(model / "model_index.json") if pipeline else {}
+    denoiser = _denoiser_folder(model) if pipeline else model
+    config = read_json_object(denoiser / "config.json")
+    return ModelSource(
+        name=model.resolve().name, denoiser=denoiser, class_name=_class_name(denoiser, config), config=config,
+        scheduler=denoiser, vae=None, pipeline=None, digest="", labels=_labels(index), tokens=_tokens(model),
+    )
+
+
 def read_json_object(path: Path) -> Mapping[str, Any]:
     """The object in a JSON file of a model directory.
 
@@ -253,6 +276,11 @@ def _tokens(model: Path) -> int:
     path = model / "text_encoder" / "config.json"
     length = json.loads(path.read_bytes()).get("max_position_embeddings") if path.is_file() else None
     return length if isinstance(length, int) else DEFAULT_TOKENS
+
+
+def component_digest(folder: Path) -> str:
+    """SHA-256 over a component's configuration and weight files."""
+    return _digest(read_json_object(folder / "config.json"), weight_files(folder)[0])
 
 
 def _digest(config: Mapping[str, Any], files: tuple[Path, ...]) -> str:

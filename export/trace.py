@@ -108,12 +108,23 @@ def trace_module(module: nn.Module, family: Family, work: Path, name: str = "den
         work: folder for `NAME.onnx` and `NAME.onnx.data`.
         name: file name without suffix.
     """
+    args, cut = _prepared(module, family)
+    inputs, outputs = family.inputs(), family.outputs()
+    return export_graph(family.wrap(module), args, inputs, outputs, GraphFile(work, name, cut))
+
+
+def trace_model(module: nn.Module, family: Family, name: str = "denoiser") -> ir.Model:
+    """The float graph of a denoiser in normal form, in memory; arguments as for `trace_module`."""
+    args, cut = _prepared(module, family)
+    return _normal_model(family.wrap(module), args, family.inputs(), family.outputs(), name, cut)
+
+
+def _prepared(module: nn.Module, family: Family) -> tuple[tuple[torch.Tensor, ...], int | None]:
+    """Example arguments, and how many output channels stay."""
     plain_attention(module)
     example = family.example(TRACE_BATCH)
-    inputs = family.inputs()
-    args = tuple(torch.from_numpy(example[spec.name]) for spec in inputs)
-    cut = family.sample_shape[0] if family.output_channels != family.sample_shape[0] else None
-    return export_graph(family.wrap(module), args, inputs, family.outputs(), GraphFile(work, name, cut))
+    args = tuple(torch.from_numpy(example[spec.name]) for spec in family.inputs())
+    return args, family.sample_shape[0] if family.output_channels != family.sample_shape[0] else None
 
 
 @dataclass(frozen=True)
@@ -137,10 +148,7 @@ def export_graph(
     Raises:
         ExportError: the exporter or a pass failed.
     """
-    model = _export(wrapper.eval(), args, inputs, outputs)
-    model.graph.name = target.name
-    run_passes(model, normal_form(target.channels))
-    _finish(model, inputs, outputs)
+    model = _normal_model(wrapper, args, inputs, outputs, target.name, target.channels)
     target.work.mkdir(parents=True, exist_ok=True)
     path = target.work / f"{target.name}.onnx"
     data = path.with_name(path.name + ".data")
@@ -152,6 +160,17 @@ def export_graph(
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return FloatGraph(path, data, tuple(inputs), tuple(outputs), find_sites(model), digest.hexdigest())
+
+
+def _normal_model(
+    wrapper: nn.Module, args: tuple[torch.Tensor, ...], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec],
+    name: str, channels: int | None,
+) -> ir.Model:
+    model = _export(wrapper.eval(), args, inputs, outputs)
+    model.graph.name = name
+    run_passes(model, normal_form(channels))
+    _finish(model, inputs, outputs)
+    return model
 
 
 def plain_attention(module: nn.Module) -> None:

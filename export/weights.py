@@ -25,8 +25,8 @@ from quantempo.export.gptq import compensated_rounding
 
 WeightMethod = Literal["minmax", "mse"]
 
-VALUES, SCALE = ".int8", ".scale"
-"""Suffixes of a quantized weight's two initializers."""
+VALUES, FP8_VALUES, SCALE = ".int8", ".fp8", ".scale"
+"""Suffixes of a quantized weight's two initializers: values in one of two formats, and scale."""
 
 SCALE_FLOOR = np.float32(2.0**-60)
 """Least weight scale.  A channel of zeros would have the scale 0, which every backend refuses."""
@@ -40,16 +40,16 @@ RATIOS = {8: np.linspace(1.0, 0.7, 13), 4: np.linspace(1.0, 0.3, 29)}
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight in INT8.
+    """A weight in INT8, or in FP8 (E4M3; see `quantempo.export.lower_fp8`).
 
     Args:
-        values: int8, in the shape of the weight.
+        values: int8 or float8_e4m3fn, in the shape of the weight.
         scale: float32 `[n]`, one per output channel, above zero.
         axis: the output channel axis of `values`.
         dead: output channels whose weights are all zero; they carry the least scale.
     """
 
-    values: NDArray[np.int8]
+    values: NDArray[Any]
     scale: NDArray[np.float32]
     axis: int
     dead: tuple[int, ...]
@@ -95,6 +95,31 @@ def quantize_weights(
         PlanError: a weight is missing, not finite, or asked for in two ways.
         CalibrationError: a Gram matrix does not fit its weight.
     """
+    return dict(each_weight(model, plan, method, grams))
+
+
+def each_weight(
+    model: ir.Model,
+    plan: QuantPlan,
+    method: WeightMethod = "mse",
+    grams: Mapping[str, NDArray[np.float64]] | None = None,
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """`quantize_weights` one by one, in the order of `wanted_weights`."""
+    for name, (site, bits) in wanted_weights(plan).items():
+        real = weight_of(model, site)
+        found = quantize_weight(real, output_axis(site), bits, method, where=f"weight {name!r}")
+        if site.op == "matmul" and grams is not None and site.tensor in grams:
+            values = compensated_rounding(real, grams[site.tensor], found.scale, 2 ** (bits - 1) - 1)
+            found = dataclasses.replace(found, values=values)
+        yield name, found
+
+
+def wanted_weights(plan: QuantPlan) -> dict[str, tuple[Site, int]]:
+    """The weights that a plan wants in INT8, sorted by name: a site that reads each, and its bits.
+
+    Raises:
+        PlanError: a weight is asked for in two ways.
+    """
     wanted: dict[str, tuple[Site, int]] = {}
     for site in plan.sites:
         settings = plan.settings(site)
@@ -111,14 +136,7 @@ def quantize_weights(
                 cause="the plan was edited by hand",
                 remedy="give both sites the same weight_bits",
             )
-    found = {}
-    for name, (site, bits) in sorted(wanted.items()):
-        real = weight_of(model, site)
-        found[name] = quantize_weight(real, output_axis(site), bits, method, where=f"weight {name!r}")
-        if site.op == "matmul" and grams is not None and site.tensor in grams:
-            values = compensated_rounding(real, grams[site.tensor], found[name].scale, 2 ** (bits - 1) - 1)
-            found[name] = dataclasses.replace(found[name], values=values)
-    return found
+    return dict(sorted(wanted.items()))
 
 
 def stored_weights(model: ir.Model, plan: QuantPlan) -> dict[str, QuantizedWeight]:

@@ -27,29 +27,30 @@ def load(
     threads: int = 0,
     dialect: str | None = None,
     settings: Mapping[str, str] | None = None,
+    cache: bool | str | Path = True,
+    feature_cache: str = "auto",
 ) -> Session:
     """Open a bundle as a pipeline that takes the call arguments of diffusers.
 
     Args:
         path: bundle directory; every file is verified before anything is opened.
-        engine: backend name, e.g. `ort`.
+        engine: backend name, e.g. `ort`, or `auto` for the one that is fastest here (measured once, then remembered).
         threads: engine threads; 0 lets the engine choose.
         dialect: which graphs of the bundle; `None` takes what suits the engine.
         settings: engine-specific strings.
+        cache: keep what the engine makes of the graphs in the user's cache: `False` for not, or a folder (see
+            `quantempo.devices.opening.cache_folder`).
+        feature_cache: whether calls reuse features where the bundle has a plan: `auto`, `none`, or `plan` to refuse
+            other calls.
 
     Raises:
         BundleError: the bundle cannot be used.
         MissingExtra: the engine is not installed.
+        EngineError: the cache folder is open to others.
     """
-    from quantempo.contracts.engine import EngineOptions
-    from quantempo.engines.registry import open_engine, preferred_dialect
-    from quantempo.runtime.bundle import read_bundle
-    from quantempo.runtime.session import Session
+    from quantempo.devices.opening import open_session
 
-    bundle = read_bundle(path)
-    options = EngineOptions(threads=threads, settings=dict(settings or {}))
-    chosen = dialect or preferred_dialect(engine, {graph.dialect for graph in bundle.manifest.graphs.values()})
-    return Session(bundle, lambda graph, given: open_engine(engine, graph, given), options, chosen)
+    return open_session(path, engine, threads, dialect, settings, cache, feature_cache)
 
 
 def compile(model: Any, out: str | Path, recipe: Recipe | None = None, **options: Any) -> CompileSummary:
@@ -59,7 +60,7 @@ def compile(model: Any, out: str | Path, recipe: Recipe | None = None, **options
         model: a model directory, or a diffusers pipeline (which is saved to a temporary directory first).
         out: the bundle to be.
         recipe: settings.
-        options: `scheduler`, `plan_file`, `arrays`, `overwrite`, `progress`.
+        options: `scheduler`, `plan_file`, `arrays`, `work`, `overwrite`, `progress`.
     """
     import tempfile
     from pathlib import Path as FilePath

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantempo.commands import register
+from quantempo.commands.compile import compile_command, plan_command, stages_command
 from quantempo.errors import OutputExists, QuantempoError
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Rng(str, Enum):
     torch_cpu = "torch-cpu"
 
 
-Engine = Annotated[str, typer.Option("--engine", help="Backend that runs the graphs.")]
+Engine = Annotated[str, typer.Option("--engine", help="Backend that runs the graphs; auto measures and remembers.")]
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
@@ -43,55 +45,6 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a comma-separated list of numbers", param_hint=option) from error
-
-
-@app.command("compile")
-def compile_command(
-    model: Annotated[Path, typer.Argument(help="Pipeline directory, or denoiser directory with --scheduler.")],
-    out: Out,
-    scheduler: Annotated[Path | None, typer.Option(help="Scheduler directory.")] = None,
-    dtype: Annotated[str, typer.Option(help="int8, or float32 for a float bundle.")] = "int8",
-    groups: Annotated[str, typer.Option(help="auto, single, uniform:G or optimal:G.")] = "auto",
-    range_method: Annotated[str, typer.Option(help="How activation ranges are clipped.")] = "",
-    guidance: Annotated[str, typer.Option(help="Guidance scales to calibrate on, comma-separated.")] = "",
-    steps: Annotated[str, typer.Option(help="Step counts to calibrate on, comma-separated.")] = "",
-    samples: Annotated[int, typer.Option(help="Calibration samples in all.")] = 0,
-    keep: Annotated[list[str] | None, typer.Option(help="Module-path pattern to keep in float; repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="The same as --keep.")] = None,
-    activation_bits: Annotated[int, typer.Option(help="8, or fewer (simulated).")] = 8,
-    weight_method: Annotated[str, typer.Option(help="gptq, mse or minmax rounding of weights.")] = "gptq",
-    max_steps: Annotated[int, typer.Option(help="Programs for 1 to this many steps go into the bundle.")] = 100,
-    plan: Annotated[Path | None, typer.Option(help="A plan.json to follow instead of the default plan.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
-    reference: Annotated[bool, typer.Option(help="Write the float twin beside the bundle.")] = True,
-    threads: Threads = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Compile MODEL to a quantized bundle."""
-    from quantempo.pipeline import compile_model
-    from quantempo.recipe import Recipe
-
-    chosen: dict[str, object] = {
-        "precision": dtype, "groups": groups, "keep": tuple(keep or ()), "exclude": tuple(exclude or ()),
-        "activation_bits": activation_bits, "seed": seed, "reference": reference, "threads": threads,
-        "weight_method": weight_method, "max_steps": max_steps,
-    }
-    if range_method:
-        chosen["range_method"] = range_method
-    if guidance:
-        chosen["guidance"] = _numbers(guidance, "--guidance")
-    if steps:
-        counts = _numbers(steps, "--steps")
-        if any(count != int(count) for count in counts):
-            raise typer.BadParameter(f"{steps!r} holds a step count that is not a whole number", param_hint="--steps")
-        chosen["steps"] = tuple(int(count) for count in counts)
-    if samples:
-        chosen["samples"] = samples
-    summary = compile_model(
-        model, out, Recipe(**chosen),  # type: ignore[arg-type]  # Recipe checks its values
-        scheduler=scheduler, plan_file=plan, overwrite=overwrite, progress=_progress(),
-    )
-    typer.echo(summary.text())
 
 
 @app.command()
@@ -105,6 +58,7 @@ def sample(
     count: Annotated[int, typer.Option(help="Images per class.")] = 1,
     rng: Annotated[Rng, typer.Option(help="philox, or torch-cpu for the noise that diffusers draws.")] = Rng.philox,
     scheduler: Annotated[Path | None, typer.Option(help="Another scheduler (needs the compile extra).")] = None,
+    cache: Annotated[str, typer.Option(help="Feature caching: auto, none, or plan to refuse without one.")] = "auto",
     engine: Engine = "ort",
     threads: Threads = 0,
     overwrite: Overwrite = False,
@@ -114,7 +68,7 @@ def sample(
     from quantempo.runtime.images import grid
 
     _refuse_existing(out, overwrite)
-    session = quantempo.load(bundle, engine=engine, threads=threads)
+    session = quantempo.load(bundle, engine=engine, threads=threads, feature_cache=cache)
     names = [_label(name) for name in label or [] for _ in range(count)]
     program = _traced(scheduler, steps or session.manifest.programs.default_steps) if scheduler else None
     result = session(
@@ -123,7 +77,9 @@ def sample(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(list(result.images), columns=count if len(names) > count else 0).save(out)
-    typer.echo(f"wrote {out}: {len(result.images)} images, {result.timings.total:.2f} s")
+    timings = result.timings
+    reused = f", {timings.reused / timings.rows:.0%} of the evaluations reused features" if timings.reused else ""
+    typer.echo(f"wrote {out}: {len(result.images)} images, {timings.total:.2f} s{reused}")
 
 
 @app.command()
@@ -148,13 +104,20 @@ def report(
     guidance: Annotated[str, typer.Option(help="Guidance scales, comma-separated; the first is the headline.")] = "1.5",
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     judge: Annotated[Path | None, typer.Option(help="ONNX classifier for accuracy and Fréchet distance.")] = None,
+    worst: Annotated[int, typer.Option(help="For how many tensors to measure what float would buy; 0 for none.")] = 10,
+    min_psnr: Annotated[float | None, typer.Option(help="PSNR in dB to reach; below it the exit code is 1.")] = None,
     threads: Threads = 0,
 ) -> None:
-    """Measure quality, size and speed against the float reference; write BUNDLE/report/."""
+    """Measure quality, size and speed against the float reference; write BUNDLE/report/ with a page and pictures."""
     from quantempo.report import ReportOptions, write_report
 
-    options = ReportOptions(samples, population, _numbers(guidance, "--guidance"), steps, judge=judge, threads=threads)
-    typer.echo(write_report(bundle, options, progress=_progress()).text())
+    options = ReportOptions(
+        samples, population, _numbers(guidance, "--guidance"), steps, judge=judge, threads=threads, worst=worst,
+        min_psnr_db=min_psnr,
+    )
+    written = write_report(bundle, options, progress=_progress())
+    typer.echo(written.text())
+    written.check()
 
 
 @app.command()
@@ -163,6 +126,14 @@ def demo(out: Out = Path("quantempo-demo"), overwrite: Overwrite = False, thread
     from quantempo.demo import run_demo
 
     typer.echo(run_demo(out, overwrite=overwrite, threads=threads, progress=_progress()))
+
+
+register(app)
+
+
+app.command("compile")(compile_command)
+app.command("plan")(plan_command)
+app.command("stages")(stages_command)
 
 
 def _label(word: str) -> int | str:

@@ -100,6 +100,10 @@ class UnknownFeature(BundleError):
     """The bundle requires a feature that this reader does not have."""
 
 
+class QualityNotReached(QuantempoError):
+    """A bundle is further from float than was asked for."""
+
+
 class OutputExists(QuantempoError):
     """The output path is taken."""
 
@@ -110,6 +114,10 @@ class RequestError(QuantempoError, ValueError):
 
 class EngineError(QuantempoError):
     """An engine could not be opened or run."""
+
+
+class FusionError(EngineError):
+    """An engine would compute quantized products in float: right numbers, no speed."""
 
 
 class MissingExtra(QuantempoError, ImportError):

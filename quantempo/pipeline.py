@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +12,36 @@ from numpy.typing import NDArray
 
 from quantempo.calib.partition import parse_groups
 from quantempo.calib.ranges import method_named
+from quantempo.devices.guarding import guard_mode, guard_stage
 from quantempo.errors import PlanError
 from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
-from quantempo.runtime.bundle_writer import BundleWriter, check_target
-from quantempo.stages.calibration import ENGINE, Calibration, calibrate, scale_table, trajectory_batches
-from quantempo.stages.model import Exported, export_model, make_plan, trace_scheduler
-from quantempo.stages.writing import check_fused, lower_graphs, round_weights, write_float, write_quantized
+from quantempo.runtime.bundle_writer import BundleWriter, check_target, clean_up
+from quantempo.stages.calibration import (
+    ENGINE,
+    Calibration,
+    Taps,
+    calibrate,
+    calibration_programs,
+    calibration_stage,
+    trajectory_batches,
+)
+from quantempo.stages.dialects import chosen_graphs, lower_graphs, scanned_tensors
+from quantempo.stages.model import Exported, export_model, open_model, plan_stage, trace_scheduler
+from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
+from quantempo.stages.range_scan import scan_ranges
+from quantempo.stages.store import StageRun, open_store
+from quantempo.stages.writing import check_fused, float_view, write_float, write_quantized
 
 __all__ = [
-    "ENGINE", "STATISTICS", "Calibration", "CompileSummary", "Exported", "calibrate", "check_fused", "compile_model",
-    "lower_graphs", "scale_table", "trace_scheduler", "trajectory_batches",
+    "ENGINE", "STATISTICS", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
+    "compile_model", "lower_graphs", "scale_table", "trace_scheduler", "trajectory_batches",
 ]
 
 STATISTICS = "report/statistics.safetensors"
 """Sidecar with the calibration statistics, from which other scale tables can be made without another run."""
+WRITES = "a bundle is always written anew"
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class CompileSummary:
     sites: int
     quantized: int
     groups: int
+    stages: tuple[StageRun, ...] = ()
 
     def text(self) -> str:
         """A few lines for people."""
@@ -57,6 +71,8 @@ def compile_model(
     scheduler: Path | None = None,
     plan_file: Path | None = None,
     arrays: Mapping[str, NDArray[Any]] | None = None,
+    work: Path | str | None = None,
+    guard: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CompileSummary:
@@ -70,6 +86,9 @@ def compile_model(
         plan_file: a plan to follow instead of the default one; it must belong to this model.
         arrays: conditioning to calibrate on, for models that take arrays: per input name (samples, …), and
             `negative_NAME` for the unconditional branch.
+        work: where results of stages are kept for the next compile; `None` for the user's cache folder, see
+            `quantempo.stages.store`.
+        guard: `off`, `record` or `revert`; see `quantempo.devices.guarding`.
         overwrite: replace an older bundle.
         progress: where stages are shown.
 
@@ -77,34 +96,44 @@ def compile_model(
         QuantempoError: bad input, before the work starts; nothing is written then.
     """
     recipe, progress, out = recipe or Recipe(), progress or SilentProgress(), Path(out).absolute()
+    clean_up(out)
     check_target(out, overwrite)
     method_named(recipe.range_method)
     parse_groups(recipe.groups)
+    choice = chosen_graphs(recipe)
+    mode = guard_mode(guard)
     if plan_file is not None and not plan_file.is_file():
         raise PlanError(
             f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
             remedy="give the plan.json of a bundle of this model, as it is or edited",
         )
-    # Beside the output where its folder exists, so that moving is cheap; else above it: an error leaves no folder.
-    nearby = next(parent for parent in out.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=nearby) as folder:
-        work = Path(folder)
-        exported = export_model(Path(model), scheduler, recipe, work, progress, arrays or {})
+    opened = open_model(Path(model), scheduler, recipe, arrays or {})
+    recipe, given = opened.recipe, opened.arrays
+    with open_store(work, progress) as store:
+        exported = export_model(opened, store)
         if recipe.precision == "float32":
-            bundle = write_float(exported, recipe, out, overwrite)
-            return CompileSummary(bundle, 0, 0, 0)
-        plan = make_plan(exported, recipe, plan_file)
-        reference = write_float(exported, recipe, work / "reference", overwrite=False)
-        with progress.stage("calibrate") as advance:
-            collected = calibrate(reference, plan, recipe, arrays=arrays, progress=advance)
-        with progress.stage("scales"):
-            table = scale_table(collected.statistics, plan, recipe.groups, recipe.range_method)
-        with progress.stage("lower and write"), BundleWriter(out, overwrite=overwrite) as writer:
-            weights = round_weights(exported, plan, recipe, collected, table)
-            manifest = write_quantized(writer, exported, plan, table, weights, recipe)
+            with progress.stage("write", WRITES):
+                bundle = write_float(exported, recipe, out, overwrite)
+            return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
+        plan, taps = plan_stage(store, exported, recipe, plan_file)
+        programs = calibration_programs(recipe, exported.program)
+        view = float_view(exported, recipe)
+        collected, calibrated = calibration_stage(store, view, taps, recipe, given, programs)
+        table = scales_stage(store, collected, calibrated, plan, recipe)
+        weights = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
+        guarded = guard_stage(exported, plan, table, weights, mode, recipe.threads, progress)
+        plan, table = guarded.plan, guarded.table
+        scanned = scanned_tensors(exported.graph, choice)
+        if scanned:
+            with progress.stage("ranges", WRITES):
+                ranges = scan_ranges(view, scanned, exported.program(recipe.steps[0]), recipe, given)
+            choice = dataclasses.replace(choice, ranges=ranges)
+        with progress.stage("write", WRITES), BundleWriter(out, overwrite=overwrite) as writer:
+            manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice)
             if recipe.reference:
-                shutil.move(work / "reference", writer.root / "reference")
+                write_float(exported, recipe, writer.root / "reference", overwrite=False)
                 (writer.root / STATISTICS).parent.mkdir()
                 collected.statistics.save(writer.root / STATISTICS)
             bundle = writer.finish(manifest)
-    return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups)
+            guarded.write(writer.root, bundle.digest)
+    return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups, tuple(store.runs))

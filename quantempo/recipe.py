@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from quantempo.contracts.plan import Rule
 from quantempo.errors import PlanError, nearest
 
 RECIPE_VERSION = 1
@@ -15,7 +16,9 @@ class Recipe:
     """Settings of a compile; every field has a default that works.
 
     Args:
-        precision: `int8`, or `float32` for a float bundle.
+        precision: `int8`, `fp8` (simulated on a CPU), or `float32` for a float bundle.
+        targets: devices whose graphs the bundle holds on top of those for the CPU; see `quantempo targets`.
+        attention: `quantized`, `float`, or `auto` for quantized with FP8 and float with INT8.
         groups: `auto`, `single`, `uniform:G` or `optimal:G`.
         range_method: how activations are clipped; see `quantempo.calib.ranges`.
         activation_bits: 8, or fewer (simulated in 8-bit storage).
@@ -29,14 +32,19 @@ class Recipe:
         schedulers: further scheduler folders whose trajectories contribute.
         classes: labels to calibrate on; empty means all labels with a name, or else spread over all.
         seed: of the calibration noise; results are deterministic in it.
-        keep, exclude: module-path patterns kept in float (`keep` and `exclude` are one list under two names).
+        selection: which calls of the trajectories are looked at; see `quantempo.calib.selection`.
+        calibration: file with conditioning arrays (`.npz`) or labels (`.txt`, `.json`); see docs/recipe.md.
+        rules: changes to the default plan, in order; a later one wins.
+        keep, exclude: module-path patterns kept in float, whatever the rules say (one list under two names).
         max_steps: programs for 1 to this many steps go into the bundle.
         default_guidance: what a run of the bundle uses when the caller does not say.
         reference: write the float twin beside the bundle, for reports and comparisons.
         threads: engine threads while calibrating; 0 lets the engine choose.
     """
 
-    precision: Literal["int8", "float32"] = "int8"
+    precision: Literal["int8", "fp8", "float32"] = "int8"
+    targets: tuple[str, ...] = ()
+    attention: Literal["auto", "float", "quantized"] = "auto"
     groups: str = "auto"
     range_method: str = "minmax"
     activation_bits: int = 8
@@ -49,6 +57,9 @@ class Recipe:
     schedulers: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     seed: int = 0
+    selection: str = "all"
+    calibration: str = ""
+    rules: tuple[Rule, ...] = ()
     keep: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     max_steps: int = 100
@@ -58,10 +69,14 @@ class Recipe:
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
-        for field, known in (("precision", ("int8", "float32")), ("weight_method", ("gptq", "mse", "minmax"))):
+        for field, known in (("precision", ("int8", "fp8", "float32")), ("weight_method", ("gptq", "mse", "minmax"))):
             value = str(getattr(self, field))
             if value not in known:
                 raise _refuse(field, value, " or ".join(known), nearest(value, known))
+        if self.attention not in ("auto", "float", "quantized"):
+            raise _refuse("attention", self.attention, "auto, float or quantized", "take auto")
+        if self.precision == "fp8" and self.activation_bits != 8:
+            raise _refuse("activation_bits", self.activation_bits, "8 with fp8", "compile fewer bits with int8")
         if not 2 <= self.activation_bits <= 8:
             raise _refuse("activation_bits", self.activation_bits, "2 to 8", "take 8; fewer are simulated")
         if not self.steps or min(self.steps) < 1:
@@ -70,6 +85,17 @@ class Recipe:
             raise _refuse("guidance", self.guidance, "at least one scale of 0 or more", "give, for example, 1.5")
         if self.samples < 1 or self.batch < 1:
             raise _refuse("samples", self.samples, "at least one sample and a batch of at least 1", "give 32")
+        if self.version > RECIPE_VERSION:
+            remedy = "run: pip install --upgrade quantempo"
+            raise _refuse("version", self.version, f"at most {RECIPE_VERSION}", remedy)
+        _check_rules(self.rules)
+
+
+def _check_rules(rules: tuple[Rule, ...]) -> None:
+    for rule in rules:
+        for name, bits in (("activation_bits", rule.activation_bits), ("weight_bits", rule.weight_bits)):
+            if bits and not 2 <= bits <= 8:
+                raise _refuse(f"rules, {rule.match!r}, {name}", bits, "2 to 8", "take 8; fewer are simulated")
 
 
 def _refuse(field: str, found: object, wanted: str, remedy: str) -> PlanError:

@@ -2,7 +2,8 @@
 
 Order of checks: the manifest is JSON, of a version and with features that this reader knows, closed; every path in it
 is a plain relative one; every listed file is a regular file, reached through no link, of the listed size and digest;
-nothing unlisted lies next to them.  Folders in `SIDECARS` belong to whoever wrote them and are not looked into.
+nothing unlisted lies next to them; cached programs fit the graphs.  Folders in `SIDECARS` belong to whoever wrote them
+and are not looked into.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from quantempo.contracts.codec import digest, from_data, parse_json
 from quantempo.contracts.manifest import FEATURES, MANIFEST_NAME, MANIFEST_VERSION, FileEntry, Manifest
 from quantempo.contracts.program import StepProgram, check_program
 from quantempo.contracts.table import ScaleTable
+from quantempo.contracts.variants import Vectors
 from quantempo.errors import BundleError, DigestMismatch, NewerBundle, RequestError, UnknownFeature, UnsafePath, nearest
+from quantempo.runtime.bundle_cache import check_cached, check_features, read_vectors
 
 SIDECARS = ("engines", "report", "reference")
 """Folders that are no part of what the manifest vouches for."""
@@ -73,9 +76,47 @@ class OpenBundle:
                 cause=f"the bundle holds no {self.manifest.programs.scheduler} program for {steps} steps",
                 remedy=f"{near}; or trace one with the extra 'compile' and pass it as program=",
             )
+        return self._program(name)
+
+    @property
+    def cached_steps(self) -> tuple[int, ...]:
+        """The step counts that have a cached program, ascending."""
+        return tuple(sorted(int(steps) for steps in self.manifest.cache.programs)) if self.manifest.cache else ()
+
+    def cached_program(self, steps: int) -> StepProgram:
+        """The step program that reuses features across calls; see `cached_steps`.
+
+        Raises:
+            DataError: the file is not a program.
+        """
+        assert self.manifest.cache is not None
+        return self._program(self.manifest.cache.programs[str(steps)])
+
+    def _program(self, name: str) -> StepProgram:
         program = from_data(StepProgram, parse_json(self.path(name).read_bytes(), name), name)
         check_program(program, name)
         return program
+
+    def vectors(self) -> Vectors:
+        """The per-call vectors of corrections, (rows, channels) by name.
+
+        Raises:
+            BundleError: the file does not hold such arrays.
+        """
+        name = self.manifest.vectors
+        return {} if name is None else read_vectors(self.path(name), name)
+
+    def check_cached(self) -> None:
+        """Refuse cached programs and vectors that do not fit the graphs, before anything is loaded.
+
+        Raises:
+            BundleError, DataError.
+        """
+        programs = (
+            (steps, self.manifest.cache.programs[str(steps)] if self.manifest.cache else "", self.cached_program(steps))
+            for steps in self.cached_steps
+        )
+        check_cached(self.manifest, programs, self.vectors())
 
     def scale_table(self) -> ScaleTable | None:
         """The activation scales that the graphs were built from; `None` in a float bundle."""
@@ -107,6 +148,20 @@ def read_bundle(path: str | Path) -> OpenBundle:
         UnsafePath: a path leaves the bundle or leads through a link.
         DigestMismatch: a file's size or bytes are not those that were written.
     """
+    bundle = read_manifest(path)
+    for name, entry in sorted(bundle.manifest.files.items()):
+        _check_file(bundle.root, name, entry)
+    _check_strangers(bundle.root, bundle.manifest)
+    bundle.check_cached()
+    return bundle
+
+
+def read_manifest(path: str | Path) -> OpenBundle:
+    """The bundle as its manifest describes it, with no other file opened: for looking at it, not for running it.
+
+    Raises:
+        BundleError, NewerBundle, UnknownFeature, UnknownKey, DataError, UnsafePath: as `read_bundle`.
+    """
     root = Path(path)
     file = root / MANIFEST_NAME
     if not root.is_dir() or not (file.is_file() or file.is_symlink()):
@@ -124,9 +179,6 @@ def read_bundle(path: str | Path) -> OpenBundle:
     check_references(manifest)
     for name in sorted(manifest.files):
         _check_links(root, name)
-    for name, entry in sorted(manifest.files.items()):
-        _check_file(root, name, entry)
-    _check_strangers(root, manifest)
     return OpenBundle(root, manifest, digest(text))
 
 
@@ -178,9 +230,13 @@ def references(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for steps, file in manifest.programs.files.items():
         yield f"programs.files.{steps}", file
     yield "programs.scheduler_file", manifest.programs.scheduler_file
-    for place, optional in (("tables", manifest.tables), ("plan", manifest.plan)):
+    for place, optional in (("tables", manifest.tables), ("plan", manifest.plan), ("vectors", manifest.vectors)):
         if optional is not None:
             yield place, optional
+    if manifest.cache is not None:
+        yield "cache.plan", manifest.cache.plan
+        for steps, file in manifest.cache.programs.items():
+            yield f"cache.programs.{steps}", file
 
 
 def check_references(manifest: Manifest) -> None:
@@ -213,6 +269,7 @@ def check_references(manifest: Manifest) -> None:
             f"{MANIFEST_NAME}.decoder.graph", found=f"{decoder!r}", wanted="a key of graphs",
             cause="the manifest was changed by hand", remedy=nearest(decoder, manifest.graphs),
         )
+    check_features(manifest)
 
 
 def _unlisted(where: str, name: str, manifest: Manifest) -> BundleError:

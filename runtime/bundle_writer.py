@@ -1,12 +1,19 @@
 """Writes a bundle so that it is there whole or not at all.
 
 Files go to a hidden sibling directory; `finish` hashes them, writes the manifest and syncs; leaving the `with` block
-renames the directory into place.  After an error nothing is left, and an older bundle at the target is untouched.
+renames the directory into place.  After an error nothing is left, and an older bundle at the target is untouched.  A
+process that is killed leaves its hidden directory; the next writer of the same target removes it.
+
+An older bundle is exchanged for the new one in one step, where the system can do that (Linux); elsewhere two renames
+are needed, and a process that is killed between them leaves the older bundle under a hidden name, from which the next
+writer puts it back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import glob
 import json
 import os
 import secrets
@@ -49,9 +56,10 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         """Check the target and make the temporary directory."""
+        clean_up(self.target)
         check_target(self.target, self._overwrite)
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = self.target.parent / f".{self.target.name}.partial-{secrets.token_hex(4)}"
+        self._folder = self.target.parent / f".{self.target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
         self._folder.mkdir()
         return self
 
@@ -101,6 +109,7 @@ class BundleWriter:
 
         Raises:
             BundleError, UnsafePath: the manifest names a file that was not written, or one at a wrong place.
+            DataError: a cached program does not fit the graphs.
         """
         files = {}
         for path in sorted(self.root.rglob("*")):
@@ -111,25 +120,69 @@ class BundleWriter:
         check_references(complete)
         text = canonical_json(complete).encode()
         (self.root / MANIFEST_NAME).write_bytes(text)
+        OpenBundle(self.root, complete, digest(text)).check_cached()
         self._finished = OpenBundle(self.target, complete, digest(text))
         return self._finished
 
     def _publish(self) -> None:
         _sync_tree(self.root)
-        old: Path | None = None
-        if self.target.exists():
+        if not os.path.lexists(self.target):
+            self.root.rename(self.target)
+        else:
             check_target(self.target, self._overwrite)
-            old = self.target.parent / f".{self.target.name}.old-{secrets.token_hex(4)}"
-            self.target.rename(old)
+            if not _exchange(self.root, self.target):
+                self._replace()
+        _sync(self.target.parent)
+
+    def _replace(self) -> None:
+        """Two renames, undone where the second one fails."""
+        old = self.target.parent / f".{self.target.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
+        self.target.rename(old)
         try:
             self.root.rename(self.target)
         except OSError:
-            if old is not None:
-                old.rename(self.target)
+            old.rename(self.target)
             raise
-        _sync(self.target.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_up(target: Path) -> None:
+    """Remove what killed writers of a target left beside it, and put back an older bundle that one had moved away."""
+    for kind in ("old", "partial"):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*-*"):
+            owner = path.name.split("-")[-2]
+            if not owner.isdecimal() or _alive(int(owner)):
+                continue
+            if kind == "old" and not target.exists():
+                path.rename(target)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # it is somebody else's
+    return True
+
+
+EXCHANGE, HERE = 2, -100
+"""`RENAME_EXCHANGE` and `AT_FDCWD` of Linux."""
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one step; false where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    result: int = rename(HERE, os.fsencode(first), HERE, os.fsencode(second), EXCHANGE)
+    return result == 0
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -41,6 +41,10 @@ class Rows:
         """How many rows."""
         return len(self.samples)
 
+    def pick(self, rows: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        return Rows(tuple(self.samples[row] for row in rows), tuple(self.branches[row] for row in rows))
+
 
 def plan_rows(scales: Sequence[float], mode: Mode) -> tuple[Rows, ...]:
     """The engine calls of one denoiser evaluation: one when batched (or when nothing is guided), else two."""

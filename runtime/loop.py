@@ -1,8 +1,9 @@
 """The sampling loop: replays a step program over engines.
 
-A call is: feed the graph (linear forms of registers, timestep, scale group), run the engine, hand its buffers to the
-observer, combine the branches, run the call's register operations.  All memory is allocated when a run is planned;
-buffers of an engine with host memory are used in place.
+A call is: feed the graph (linear forms of registers, timestep, scale group, vectors), run the engine, hand its buffers
+to the observer, combine the branches, run the call's register operations.  All memory is allocated when a run is
+planned; buffers of an engine with host memory are used in place.  Where rows decide for themselves whether they reuse
+cached features, those that differ from the rest are run apart (`quantempo.runtime.feature_cache`).
 
 A `Loop` is not thread-safe: it owns its bindings.
 """
@@ -13,18 +14,20 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.contracts.engine import Binding, Buffer, Engine, dtype_of
+from quantempo.contracts.engine import Binding, Buffer, Engine
 from quantempo.contracts.manifest import Denoiser
 from quantempo.contracts.partition import Partition
-from quantempo.contracts.program import LATENTS, PREDICTION, Call, StepProgram
-from quantempo.contracts.tensors import TensorSpec
-from quantempo.errors import EngineError, RequestError, nearest
-from quantempo.runtime.guidance import CONDITIONAL, Combine, Mode, Rows, plan_rows
+from quantempo.contracts.program import INDICATOR, LATENTS, PREDICTION, Call, Decide, StepProgram
+from quantempo.contracts.variants import Variant, Vectors, check_variants
+from quantempo.errors import EngineError, RequestError
+from quantempo.runtime.feature_cache import Decisions, chunks
+from quantempo.runtime.guidance import Combine, Mode, Rows, plan_rows
+from quantempo.runtime.lanes import Lane, Lanes, Model
 from quantempo.runtime.registers import Registers
 from quantempo.runtime.rng import NoiseSource
 
@@ -46,6 +49,7 @@ class Observation:
         group: the scale group; `None` without a partition.
         seeds: per row, as given in the request (0 where none was given).
         samples, branches: per row.
+        graph: the variant that ran; where rows decide for themselves, a call runs several, each on some of the rows.
     """
 
     index: int
@@ -54,6 +58,7 @@ class Observation:
     seeds: tuple[int, ...]
     samples: tuple[int, ...]
     branches: tuple[str, ...]
+    graph: str = "full"
 
 
 Observer = Callable[[Observation, Mapping[str, Buffer]], None]
@@ -93,6 +98,15 @@ class LoopRequest:
     on_step: StepCallback | None = None
 
 
+@dataclass
+class Tally:
+    """What one graph variant did in a run: engine calls, rows evaluated in them, seconds."""
+
+    runs: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class LoopResult:
     """Final latents (float32, the caller's own) and where the time went.
@@ -102,6 +116,9 @@ class LoopResult:
         total_seconds: the whole loop, planning apart.
         engine_calls: how often the engine ran.
         plan_seconds: allocation and the upload of conditioning, once per run.
+        rows: evaluations of the denoiser, one for each row of each call.
+        reused: how many of them took cached features instead of computing everything.
+        variants: the same by graph variant; a probe counts there alone.
     """
 
     latents: Float32s
@@ -109,50 +126,14 @@ class LoopResult:
     total_seconds: float
     engine_calls: int
     plan_seconds: float
+    rows: int
+    reused: int
+    variants: Mapping[str, Tally]
 
     @property
     def overhead_per_call(self) -> float:
         """Seconds of the loop itself per engine call."""
         return (self.total_seconds - self.engine_seconds) / max(1, self.engine_calls)
-
-
-class Port:
-    """One side of a bound tensor as a host array: the buffer itself, or a copy that is moved over on demand."""
-
-    def __init__(self, buffer: Buffer, host: bool) -> None:
-        self._buffer = None if host else buffer
-        self.array: Array = buffer.array if host else np.zeros(buffer.shape, dtype_of(buffer.spec))
-
-    def push(self) -> None:
-        """Make what was written to `array` visible to the engine."""
-        if self._buffer is not None:
-            self._buffer.upload(self.array)
-
-    def pull(self) -> None:
-        """Make what the engine wrote visible in `array`."""
-        if self._buffer is not None:
-            np.copyto(self.array, self._buffer.download())
-
-
-class Lane:
-    """One bound engine call of a denoiser evaluation: its rows and the ports that the loop writes and reads."""
-
-    def __init__(self, engine: Engine, binding: Binding, rows: Rows, denoiser: Denoiser) -> None:
-        self.rows = rows
-        self.binding = binding
-        self.inputs = {name: Port(buffer, engine.host) for name, buffer in binding.inputs.items()}
-        self.prediction = Port(binding.outputs[denoiser.prediction], engine.host)
-        self.timestep = self.inputs.get(denoiser.timestep_input)
-        self.group = self.inputs.get(denoiser.group_input) if denoiser.group_input else None
-
-    def set_scalars(self, timestep: float, group: int | None) -> None:
-        """Feed timestep and scale group."""
-        if self.timestep is not None:
-            self.timestep.array.fill(timestep)
-            self.timestep.push()
-        if self.group is not None:
-            self.group.array.fill(group)
-            self.group.push()
 
 
 class Loop:
@@ -162,14 +143,20 @@ class Loop:
         engines: by variant, as `Call.graph` names them.
         denoiser: how the graphs are fed.
         partition: what the scale groups mean; needed where a graph has a group input.
+        variants: what each variant reads and writes; default: no features, and names as the engines have them.
+        vectors: arrays (rows, channels) that programs take vectors from.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], denoiser: Denoiser, partition: Partition | None = None) -> None:
-        self._engines = engines
-        self._denoiser = denoiser
+    def __init__(
+        self, engines: Mapping[str, Engine], denoiser: Denoiser, partition: Partition | None = None,
+        variants: Mapping[str, Variant] | None = None, vectors: Vectors | None = None,
+    ) -> None:
+        if variants is None:
+            variants = {n: Variant(tuple(e.inputs), tuple(e.outputs)) for n, e in engines.items()}
+        self._model = Model(engines, denoiser, variants, vectors or {})
         self._partition = partition
-        self._lanes: dict[tuple[object, ...], Lane] = {}
-        grouped = [n for n, e in engines.items() if denoiser.group_input and denoiser.group_input in e.inputs]
+        self._lanes = Lanes(self._model)
+        grouped = [n for n, v in variants.items() if denoiser.group_input and denoiser.group_input in v.inputs]
         if grouped and partition is None:
             raise EngineError(
                 f"graph {grouped[0]!r}", found=f"an input {denoiser.group_input!r}", wanted="a partition with it",
@@ -180,100 +167,41 @@ class Loop:
         """Replay a program.
 
         Raises:
+            DataError: the program does not fit the variants; see `check`.
             EngineError: the engine refuses a shape or fails.
             RequestError: conditioning or a replacement of the latents does not fit.
         """
         started = time.perf_counter()
+        self.check(program)
         run = _Run(self, program, request)
         planned = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore"):
             run.calls()
         ended = time.perf_counter()
+        tallies = run.tallies.values()
         return LoopResult(
-            run.registers[LATENTS].copy(), run.engine_seconds, ended - planned, run.engine_calls, planned - started
+            run.registers[LATENTS].copy(), sum(t.seconds for t in tallies), ended - planned,
+            sum(t.runs for t in tallies), planned - started, run.rows, run.reused, run.tallies,
         )
 
-    def lanes(self, program: StepProgram, rows: Sequence[Rows], request: LoopRequest) -> dict[str, list[Lane]]:
-        """The bound lanes of each graph that a program calls."""
-        fed: dict[str, set[str]] = {}
-        for call in program.calls:
-            fed.setdefault(call.graph, set()).update(call.inputs)
-        return {graph: [self._lane(graph, i, r, request, names) for i, r in enumerate(rows)]
-                for graph, names in fed.items()}  # fmt: skip
+    def check(self, program: StepProgram) -> None:
+        """Refuse a program that the variants cannot replay, before anything runs; see `check_variants`.
 
-    def _lane(self, graph: str, index: int, rows: Rows, request: LoopRequest, fed: set[str]) -> Lane:
-        """A bound lane; bindings are kept from run to run as long as the sizes stay the same."""
-        engine = self._engines.get(graph)
-        if engine is None:
-            raise EngineError(
-                "program", found=f"a call of graph {graph!r}", wanted=f"one of {', '.join(sorted(self._engines))}",
-                cause="program and bundle do not belong together", remedy=nearest(graph, self._engines),
-            )
-        shapes = self._shapes(engine, graph, rows, request, fed)
-        sizes = _sizes(engine, graph, shapes)
-        key = (graph, index, len(rows), tuple(sorted(sizes.items())))
-        lane = self._lanes.get(key)
-        if lane is None:
-            self._lanes = {k: v for k, v in self._lanes.items() if k[:2] != key[:2]}
-            lane = self._lanes[key] = Lane(engine, engine.bind(sizes), rows, self._denoiser)
-        lane.rows = rows
-        self._condition(lane, request)
-        return lane
-
-    def _shapes(
-        self, engine: Engine, graph: str, rows: Rows, request: LoopRequest, fed: set[str]
-    ) -> dict[str, tuple[int, ...]]:
-        for name in sorted(fed - set(engine.inputs)):
-            raise EngineError(
-                f"graph {graph!r}", found=f"no input {name!r}, which the program feeds",
-                wanted=f"one of {', '.join(engine.inputs)}", cause="program and graph do not belong together",
-                remedy=nearest(name, engine.inputs),
-            )
-        shapes: dict[str, tuple[int, ...]] = {name: (len(rows), *self._denoiser.latents_shape) for name in fed}
-        shapes[self._denoiser.timestep_input] = (len(rows),)
-        if self._denoiser.group_input:
-            shapes[self._denoiser.group_input] = ()
-        shapes.update({name: (len(rows), *pair[0].shape[1:]) for name, pair in request.conditioning.items()})
-        for name, spec in engine.inputs.items():
-            if name not in shapes:
-                raise RequestError(
-                    f"graph {graph!r}, input {name!r}", found="no value for it", wanted=f"{spec.dtype} {spec.shape}",
-                    cause="the call leaves a conditioning input out", remedy=f"pass {name}=...",
-                )
-        return shapes
-
-    def _condition(self, lane: Lane, request: LoopRequest) -> None:
-        for name, (conditional, unconditional) in request.conditioning.items():
-            port = lane.inputs.get(name)
-            if port is None:
-                continue
-            for row, (sample, branch) in enumerate(zip(lane.rows.samples, lane.rows.branches, strict=True)):
-                source = conditional if branch == CONDITIONAL or unconditional is None else unconditional
-                port.array[row] = source[sample]
-            port.push()
+        Raises:
+            DataError.
+        """
+        model = self._model
+        check_variants(
+            program, model.variants, model.vectors, model.denoiser.latents_shape[0], f"program of {program.scheduler}"
+        )
 
 
-def _sizes(engine: Engine, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of the symbolic dimensions of an engine's inputs, checked against the shapes that will be fed."""
-    sizes: dict[str, int] = {}
-    for name, spec in engine.inputs.items():
-        shape = shapes[name]
-        # A rank-0 timestep or a [1] group is fed by `fill`; only symbolic rank-1 inputs tell a size.
-        if len(shape) != len(spec.shape) or not _fits(shape, spec, sizes):
-            if len(shape) <= 1 and all(isinstance(d, int) for d in spec.shape):
-                continue
-            legal = tuple(sizes.get(d, d) if isinstance(d, str) else d for d in spec.shape)
-            raise RequestError(
-                f"graph {graph!r}, input {name!r}", found=f"shape {shape}", wanted=f"shape {spec.shape}",
-                cause="batch or resolution outside what the graph takes", remedy=f"the nearest legal shape is {legal}",
-            )
-    return sizes
+class _Here(NamedTuple):
+    """Which call is being run."""
 
-
-def _fits(shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int]) -> bool:
-    return all(
-        n == d if isinstance(d, int) else sizes.setdefault(d, n) == n for n, d in zip(shape, spec.shape, strict=True)
-    )
+    index: int
+    call: Call
+    group: int | None
 
 
 class _Run:
@@ -281,17 +209,20 @@ class _Run:
 
     def __init__(self, loop: Loop, program: StepProgram, request: LoopRequest) -> None:
         self._loop, self._program, self._request = loop, program, request
-        shape = (request.batch, *loop._denoiser.latents_shape)
-        self.registers = Registers(program.registers(), shape)
-        self._rows = plan_rows(request.guidance, request.mode)
-        self._lanes = loop.lanes(program, self._rows, request)
-        seeds = tuple(request.seeds) or (0,) * request.batch
-        self._seeds = [tuple(seeds[s] for s in rows.samples) for rows in self._rows]
+        model = loop._model
+        shape = (request.batch, *model.denoiser.latents_shape)
+        self.registers = Registers(program.registers(), shape, model.vectors)
+        rows = plan_rows(request.guidance, request.mode)
+        self._lanes = loop._lanes.plan(program, rows, request.conditioning)
+        self._seeds = tuple(request.seeds) or (0,) * request.batch
+        self._decisions = [Decisions(len(each)) for each in rows]
+        self._variants = model.variants
         self._combine = Combine(request.guidance, request.rescale, shape[1:])
         self._combined: Float32s = np.empty(shape, np.float32)
         self._notified = False
-        self.engine_seconds = 0.0
-        self.engine_calls = 0
+        self.tallies: dict[str, Tally] = {}
+        self.rows = 0
+        self.reused = 0
         self._start()
 
     def _start(self) -> None:
@@ -317,33 +248,76 @@ class _Run:
 
     def _call(self, index: int, call: Call) -> None:
         group = self._group(call)
-        lanes = self._lanes[call.graph]
+        lanes = self._lanes
         for number, lane in enumerate(lanes):
             self._feed(call, lane, lanes[0])
             lane.set_scalars(call.timestep, group)
-            started = time.perf_counter()
-            lane.binding.run()
-            self.engine_seconds += time.perf_counter() - started
-            self.engine_calls += 1
-            if self._request.observer is not None:
-                seen = Observation(index, call, group, self._seeds[number], lane.rows.samples, lane.rows.branches)
-                self._request.observer(seen, lane.binding.outputs)
+            if call.vectors:
+                lane.set_vectors(call.vectors)
+            here = _Here(index, call, group)
+            self.rows += len(lane.rows)
+            if call.decide is None:
+                self._evaluate(here, call.graph, lane.bindings[call.graph], lane.rows)
+                self._account(call.graph, number, len(lane.rows))
+            else:
+                self._decide(here, call.decide, lane, self._decisions[number])
             lane.prediction.pull()
         self.registers.place(PREDICTION, self._guided(lanes))
         for operation in call.update:
             self.registers.apply(operation, self._request.noise)
 
+    def _evaluate(self, here: _Here, variant: str, binding: Binding, rows: Rows) -> None:
+        started = time.perf_counter()
+        binding.run()
+        ended = time.perf_counter()
+        tally = self.tallies.get(variant)
+        if tally is None:
+            tally = self.tallies[variant] = Tally()
+        tally.runs += 1
+        tally.rows += len(rows)
+        tally.seconds += ended - started
+        if self._request.observer is not None:
+            seeds = tuple(self._seeds[sample] for sample in rows.samples)
+            seen = Observation(here.index, here.call, here.group, seeds, rows.samples, rows.branches, variant)
+            self._request.observer(seen, binding.outputs)
+
+    def _account(self, variant: str, number: int, rows: int) -> None:
+        """Keep the book of a call that was not decided at run time."""
+        described = self._variants[variant]
+        if described.reads:
+            self.reused += rows
+        if described.writes:
+            self._decisions[number].forget()
+        elif described.reads:
+            self._decisions[number].reused()
+
+    def _decide(self, here: _Here, decide: Decide, lane: Lane, decisions: Decisions) -> None:
+        """Run the probe, then each row's own choice; rows that agree with all others need no copy."""
+        self._evaluate(here, decide.probe, lane.bindings[decide.probe], lane.rows)
+        lane.ports[INDICATOR].pull()
+        refresh = decisions.choose(decide, lane.ports[INDICATOR].array)
+        self.reused += int(np.count_nonzero(~refresh))
+        for variant, chosen in ((decide.refresh, refresh), (here.call.graph, ~refresh)):
+            if chosen.all():
+                self._evaluate(here, variant, lane.bindings[variant], lane.rows)
+                continue
+            for rows in chunks(np.flatnonzero(chosen)):
+                part = lane.part(variant, len(rows))
+                part.gather(rows)
+                self._evaluate(here, variant, part.binding, lane.rows.pick(rows))
+                part.scatter(rows)
+
     def _feed(self, call: Call, lane: Lane, first: Lane) -> None:
         batch = self._request.batch
         for name, terms in call.inputs.items():
-            port = lane.inputs[name]
+            port = lane.ports[name]
             if lane is first:
                 self.registers.lin(terms, port.array[:batch])
                 for row in range(batch, len(lane.rows)):
                     port.array[row] = port.array[lane.rows.samples[row]]
             else:
                 for row, sample in enumerate(lane.rows.samples):
-                    port.array[row] = first.inputs[name].array[sample]
+                    port.array[row] = first.ports[name].array[sample]
             port.push()
 
     def _guided(self, lanes: list[Lane]) -> Float32s:

@@ -5,12 +5,12 @@ Everything is allocated once: float32 arrays for the registers, two float64 arra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.contracts.program import Clamp, Lin, Noise, Operation, Terms
+from quantempo.contracts.program import Clamp, Correct, Lin, Noise, Operation, Terms
 from quantempo.runtime.rng import NoiseSource
 
 Float32s = NDArray[np.float32]
@@ -22,10 +22,14 @@ class Registers:
     Args:
         names: all registers of a program, `prediction` apart.
         shape: with the batch dimension.
+        vectors: per-call vectors by name, (rows, channels), for `Correct`.
     """
 
-    def __init__(self, names: Iterable[str], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, names: Iterable[str], shape: tuple[int, ...], vectors: Mapping[str, Float32s] | None = None
+    ) -> None:
         self.shape = shape
+        self._vectors = vectors or {}
         self._arrays: dict[str, Float32s] = {name: np.zeros(shape, np.float32) for name in names}
         self._sum = np.empty(shape, np.float64)
         self._product = np.empty(shape, np.float64)
@@ -56,6 +60,15 @@ class Registers:
             np.add(self._sum, self._product, out=self._sum)
         np.copyto(out, self._sum, casting="same_kind")
 
+    def correct(self, operation: Correct, out: Float32s) -> None:
+        """`out = gain · source + bias` per channel: float64, product then sum, rounded once to float32."""
+        along = (1, -1, *(1,) * (len(self.shape) - 2))
+        gain, bias = (self._vectors[name][operation.row].reshape(along) for name in (operation.gain, operation.bias))
+        np.copyto(self._sum, self._arrays[operation.source])
+        np.multiply(self._sum, gain, out=self._sum)
+        np.add(self._sum, bias, out=self._sum)
+        np.copyto(out, self._sum, casting="same_kind")
+
     def apply(self, operation: Operation, noise: NoiseSource) -> None:
         """Run one operation of a program."""
         out = self._arrays[operation.to]
@@ -66,3 +79,5 @@ class Registers:
             np.clip(self._arrays[operation.source], low, high, out=out)
         elif isinstance(operation, Noise):
             noise.draw(operation.draw, out)
+        else:
+            self.correct(operation, out)

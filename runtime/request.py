@@ -25,7 +25,7 @@ RNGS = ("philox", "torch-cpu")
 MODES = ("batched", "split")
 CALL_ARGUMENTS = (
     "class_labels", "num_inference_steps", "guidance_scale", "guidance_rescale", "seed", "generator", "latents",
-    "output_type", "callback_on_step_end", "rng", "batch_size", "program", "guidance_mode",
+    "output_type", "callback_on_step_end", "rng", "batch_size", "program", "guidance_mode", "feature_cache",
 )
 """The parameters of `Session.__call__`, to name the nearest when one is misspelt."""
 

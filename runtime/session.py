@@ -6,8 +6,9 @@ The engine is injected (`open_engine`), so this module knows no backend.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 from quantempo.contracts.engine import Engine, EngineOptions
 from quantempo.contracts.manifest import GraphEntry
 from quantempo.contracts.program import StepProgram, check_program
+from quantempo.contracts.variants import Variant, is_cached, variants_of
 from quantempo.errors import BundleError, EngineError, RequestError, nearest
 from quantempo.runtime.bundle import OpenBundle, read_bundle
+from quantempo.runtime.bundle_cache import denoisers
 from quantempo.runtime.guidance import Mode
 from quantempo.runtime.images import to_pil, to_unit
-from quantempo.runtime.loop import Loop, LoopRequest, LoopResult, Observer, Port, StepCallback
+from quantempo.runtime.lanes import Port
+from quantempo.runtime.loop import Loop, LoopRequest, LoopResult, Observer, StepCallback, Tally
 from quantempo.runtime.request import Request, Resolved, resolve
 
 if TYPE_CHECKING:
@@ -36,19 +40,46 @@ Callback = Callable[["Session", int, float, dict[str, Float32s]], "Mapping[str, 
 
 DIALECTS = ("ort", "portable", "fp8", "float")
 """Which denoiser graphs are taken when the caller does not say; the first that the bundle has."""
+CACHE_MODES = ("auto", "none", "plan")
+"""Feature caching: where the bundle has a plan for the call (with a notice where not), never, or not without one."""
 DECODE_ROWS = 8
 """Latents per call of the decoder, which needs far more memory per sample than the denoiser."""
 
 
+class CacheUnused(UserWarning):
+    """The bundle reuses features across calls, but has no plan for this step count or scheduler; it runs without."""
+
+
+class _Engines(dict[str, Engine]):
+    """Engines by variant, opened when they are first looked up: a run without caching needs no second graph."""
+
+    def __init__(self, open_variant: Callable[[str], Engine]) -> None:
+        super().__init__()
+        self._open_variant = open_variant
+
+    def __missing__(self, variant: str) -> Engine:
+        engine = self[variant] = self._open_variant(variant)
+        return engine
+
+
 @dataclass(frozen=True)
 class Timings:
-    """Where a call's time went, in seconds; `calls` counts engine calls of the denoiser."""
+    """Where a call's time went, in seconds; `calls` counts engine calls of the denoiser.
+
+    Args:
+        rows: evaluations of the denoiser, one for each row of each call.
+        reused: how many of them took cached features instead of computing everything.
+        variants: engine calls, rows and seconds by graph variant.
+    """
 
     total: float
     engine: float
     loop_overhead: float
     decode: float
     calls: int
+    rows: int = 0
+    reused: int = 0
+    variants: Mapping[str, Tally] = field(default_factory=dict)
 
     @property
     def overhead_per_call(self) -> float:
@@ -80,30 +111,41 @@ class Session:
         open_engine: opens a graph file.
         options: for every engine.
         dialect: which denoiser graphs; `None` takes the first of `DIALECTS` that the bundle has.
+        feature_cache: what calls do that do not say, one of `CACHE_MODES`.
     """
 
     def __init__(
         self, bundle: OpenBundle, open_engine: OpenEngine, options: EngineOptions | None = None,
-        dialect: str | None = None,
+        dialect: str | None = None, feature_cache: str = "auto",
     ) -> None:
+        self._cache_mode = _cache_mode(feature_cache)
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._open_engine = open_engine
         self._options = options or EngineOptions()
         self._decoder: Engine | None = None
         self._decoder_ports: dict[int, tuple[Any, Port, Port]] = {}
-        self._engines: dict[str, Engine] = {}
+        entries = self._denoisers(dialect)
+        self._closed = False
+        self._engines = _Engines(lambda variant: self._open(entries[variant], self._options))
+        self._variants = {name: Variant.of(entry) for name, entry in entries.items()}
+        cached = {steps: bundle.cached_program(steps) for steps in bundle.cached_steps}
+        self._cached = {s: p for s, p in cached.items() if set(variants_of(p)) <= set(self._variants)}
         try:
-            for entry in self._denoisers(dialect):
-                self._engines[entry.variant] = self._open(entry, self._options)
-            self._loop = Loop(self._engines, self.manifest.denoiser, self.manifest.partition)
+            for name, variant in self._variants.items():
+                if not variant.reads and self.manifest.denoiser.prediction in variant.outputs:
+                    self._engines[name]  # opened now, so that what an engine refuses is refused here
+            self._loop = Loop(
+                self._engines, self.manifest.denoiser, self.manifest.partition, self._variants, bundle.vectors()
+            )
         except BaseException:
             self.close()
             raise
 
     @staticmethod
     def open(
-        path: str | Path, open_engine: OpenEngine, options: EngineOptions | None = None, dialect: str | None = None
+        path: str | Path, open_engine: OpenEngine, options: EngineOptions | None = None, dialect: str | None = None,
+        feature_cache: str = "auto",
     ) -> Session:
         """Verify a bundle and open its denoiser graphs.
 
@@ -111,7 +153,7 @@ class Session:
             BundleError: see `read_bundle`.
             EngineError: an engine refuses a graph.
         """
-        return Session(read_bundle(path), open_engine, options, dialect)
+        return Session(read_bundle(path), open_engine, options, dialect, feature_cache)
 
     def __call__(
         self,
@@ -129,6 +171,7 @@ class Session:
         batch_size: int | None = None,
         program: StepProgram | None = None,
         guidance_mode: Mode | None = None,
+        feature_cache: Literal["auto", "none", "plan"] | None = None,
         **arrays: Array,
     ) -> Output:
         """Sample.
@@ -147,6 +190,8 @@ class Session:
             batch_size: samples, where nothing else tells.
             program: another sampler's step program; `num_inference_steps` is then left out.
             guidance_mode: both branches in one engine call or in two; default: one, where the graph takes so many rows.
+            feature_cache: `auto` reuses features across calls where the bundle has a plan for the step count and
+                sampler (and warns where its plans are for others), `none` never, `plan` refuses to run without.
             arrays: conditioning by input name, `negative_NAME` for the unconditional branch.
 
         Raises:
@@ -164,19 +209,58 @@ class Session:
                 changed = user(self, step, timestep, {"latents": current})
                 return None if changed is None else changed.get("latents")
 
-        return self.sample(request, self.program(num_inference_steps, program), output_type, on_step)
+        chosen = self.program(num_inference_steps, program, feature_cache)
+        return self.sample(request, chosen, output_type, on_step)
 
-    def program(self, steps: int | None = None, program: StepProgram | None = None) -> StepProgram:
-        """The step program of a call: the given one after a check, or the bundle's for a number of steps."""
+    def program(
+        self, steps: int | None = None, program: StepProgram | None = None, feature_cache: str | None = None
+    ) -> StepProgram:
+        """The step program of a call: the given one after a check, or the bundle's for a number of steps.
+
+        Raises:
+            RequestError: there is none, or none of the kind that `feature_cache` asks for.
+            DataError: the given one is damaged, or does not fit the bundle's graphs.
+        """
+        mode = self._cache_mode if feature_cache is None else _cache_mode(feature_cache)
         if program is None:
-            return self.bundle.program(self.manifest.programs.default_steps if steps is None else _count(steps))
+            count = self.manifest.programs.default_steps if steps is None else _count(steps)
+            if mode != "none" and count in self._cached:
+                return self._cached[count]
+            plain = self.bundle.program(count)
+            self._run_uncached(mode, plain)
+            return plain
         if steps is not None and steps != program.steps:
             raise RequestError(
                 "num_inference_steps", found=f"{steps} beside a program of {program.steps} steps",
                 wanted="one of the two", cause="the program fixes the steps", remedy="leave num_inference_steps out",
             )
         check_program(program, "program")
+        self._loop.check(program)
+        if not is_cached(program, self._variants):
+            self._run_uncached(mode, program)
+        elif mode == "none":
+            raise RequestError(
+                "feature_cache", found="'none' beside a program that reuses features", wanted="one of the two",
+                cause="the program says which calls reuse", remedy="pass another program, or leave feature_cache out",
+            )
         return program
+
+    def _run_uncached(self, mode: str, program: StepProgram) -> None:
+        """Say, or refuse, that features are not reused."""
+        there = ", ".join(map(str, self._cached))
+        wanted = f"{self.manifest.programs.scheduler} with {there} steps" if there else "none for these graphs"
+        run = f"{program.steps} steps of {program.scheduler}"
+        if mode == "plan":
+            raise RequestError(
+                "feature_cache", found=f"'plan' for {run}", wanted=f"a call that the bundle has a plan for ({wanted})",
+                cause="a plan is fitted for one step count and scheduler",
+                remedy="take such a call, compile with feature caching for this one, or pass feature_cache='none'",
+            )
+        if mode == "auto" and self.manifest.cache is not None:
+            warnings.warn(
+                f"the bundle has no cache plan for {run}, which run without feature caching; it has plans for: "
+                f"{wanted} (feature_cache='none' runs without this notice)", CacheUnused, stacklevel=4,
+            )
 
     def sample(
         self,
@@ -235,14 +319,11 @@ class Session:
         decoded: Float32s = made.array.copy()
         return decoded
 
-    def _denoisers(self, dialect: str | None) -> list[GraphEntry]:
-        """The denoiser graphs of one dialect and float type, one per variant."""
-        decoder = self.manifest.decoder.graph
-        entries = [entry for name, entry in self.manifest.graphs.items() if name != decoder]
-        entries = [e for e in entries if any(s.name == self.manifest.denoiser.prediction for s in e.outputs)]
-        there = [d for d in DIALECTS if any(e.dialect == d for e in entries)]
+    def _denoisers(self, dialect: str | None) -> dict[str, GraphEntry]:
+        """The denoiser graphs of one dialect, one per variant."""
+        there = [d for d in DIALECTS if denoisers(self.manifest, d)]
         chosen = dialect if dialect is not None else (there or [""])[0]
-        found = [e for e in entries if e.dialect == chosen]
+        found = denoisers(self.manifest, chosen)
         if not found:
             raise BundleError(
                 f"{self.bundle.root}", found=f"denoiser graphs of the dialects: {', '.join(there) or 'none'}",
@@ -250,10 +331,14 @@ class Session:
                 cause="the bundle was compiled for another target",
                 remedy=nearest(chosen, there) if there else "compile it again",
             )
-        found.sort(key=lambda e: e.float_type != "float32")
-        return [e for i, e in enumerate(found) if e.variant not in {f.variant for f in found[:i]}]
+        return found
 
     def _open(self, entry: GraphEntry, options: EngineOptions) -> Engine:
+        if self._closed:
+            raise EngineError(
+                f"{entry.file}", found="a closed session", wanted="an open one", cause="close() was called before",
+                remedy="open the bundle again",
+            )
         engine = self._open_engine(self.bundle.path(entry.file), options)
         listed = sorted(s.name for s in entry.inputs), sorted(s.name for s in entry.outputs)
         found = sorted(engine.inputs), sorted(set(engine.outputs) - set(options.extra_outputs))
@@ -268,9 +353,11 @@ class Session:
 
     def close(self) -> None:
         """Close all engines; a second call does nothing."""
+        self._closed = True
+        # Closed engines stay where the loop finds them: they say what they are.
         for engine in (*self._engines.values(), *([self._decoder] if self._decoder else [])):
             engine.close()
-        self._engines, self._decoder, self._decoder_ports = {}, None, {}
+        self._decoder, self._decoder_ports = None, {}
 
     def __enter__(self) -> Session:
         """The session itself."""
@@ -281,6 +368,15 @@ class Session:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _cache_mode(mode: str) -> str:
+    if mode not in CACHE_MODES:
+        raise RequestError(
+            "feature_cache", found=repr(mode), wanted="'auto', 'none' or 'plan'", cause="a misspelling",
+            remedy=nearest(str(mode), CACHE_MODES),
+        )
+    return mode
 
 
 def _count(steps: Any) -> int:
@@ -302,4 +398,6 @@ def _loop_request(resolved: Resolved, observer: Observer | None, on_step: StepCa
 
 def _timings(result: LoopResult, total: float, decode: float) -> Timings:
     overhead = result.total_seconds - result.engine_seconds
-    return Timings(total, result.engine_seconds, overhead, decode, result.engine_calls)
+    return Timings(
+        total, result.engine_seconds, overhead, decode, result.engine_calls, result.rows, result.reused, result.variants
+    )

@@ -19,7 +19,6 @@ from quantempo.errors import DataError, nearest
 CACHE_PLAN_VERSION = 1
 FULL = "full"
 PROBE = "probe"
-INDICATOR = "indicator"
 _REUSE = re.compile(r"reuse\.(0|[1-9]\d*)")
 
 

@@ -73,6 +73,24 @@ Decision = Union[Quantize, Share, Keep]
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A change to the default plan for the sites that a pattern matches; a later rule wins over an earlier one.
+
+    Args:
+        match: fnmatch pattern, case-sensitive, for the whole module path or site id.
+        action: `quantize` although a default rule keeps the site, `keep` it in float, or change nothing (empty).
+        activation_bits, weight_bits: of the site where it is quantized; 0 changes nothing.
+        reason: for `keep`, what the plan says.
+    """
+
+    match: str
+    action: Literal["", "keep", "quantize"] = ""
+    activation_bits: int = 0
+    weight_bits: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class QuantPlan:
     """A decision for every site of a model.
 

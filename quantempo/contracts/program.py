@@ -10,6 +10,7 @@ Arithmetic is part of the contract, so that every runtime agrees bit for bit aro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Union
@@ -19,6 +20,8 @@ from quantempo.errors import DataError
 PROGRAM_VERSION = 1
 LATENTS = "latents"
 PREDICTION = "prediction"
+INDICATOR = "indicator"
+"""The output of a probe graph; see `Decide`."""
 
 Terms = tuple[tuple[str, float], ...]
 """A linear form: (register, coefficient) pairs, summed in this order.  Empty means zero."""
@@ -76,16 +79,20 @@ Operation = Union[Lin, Clamp, Noise, Correct]
 class Decide:
     """A choice at run time, for each row on its own, between refreshing the cached features and reusing them.
 
-    The graph `probe` computes a cheap tensor `indicator` for the rows.  Per row, with means over all elements,
-    `change = mean|indicator - reference| / mean|reference|` and `estimate = polynomial(change)`, in float64.  A row
-    refreshes when it has no features yet, when `threshold` is reached (`accumulate`: by the sum of estimates since its
-    last refresh, this one included; else by the estimate alone), or after `max_consecutive` reuses in a row.
+    The graph `probe` computes a cheap float32 tensor `indicator` for the rows.  Per row, in float64, with sums from the
+    first element to the last: `change = Σ|indicator - reference| / Σ|reference|` and `estimate = polynomial(change)`
+    (Horner's scheme), 0 where that is negative.  A row refreshes when it has no reference yet, when `change` is not
+    finite, when the sum of estimates since its last refresh (with `accumulate`; else this estimate alone) is not below
+    `threshold`, or after `max_consecutive` reuses in a row.  So a threshold of 0 always refreshes.
+
+    TeaCache accumulates and looks at the previous call; first-block caching does neither.
 
     Args:
-        probe: graph variant that computes `indicator`.
+        probe: graph variant that computes `indicator`; the same in all calls of a program that decide.
         refresh: graph variant that runs for rows that refresh; the others run the call's `graph`.
         polynomial: coefficients, highest power first.
-        reference: the row's indicator at the previous call, or at its last refresh.
+        reference: the row's indicator at the previous call that decided, or at its last refresh; the same in all calls
+            of a program.  A call that does not decide forgets it when it writes features.
     """
 
     probe: str
@@ -195,8 +202,10 @@ def check_program(program: StepProgram, where: str) -> None:
             _check_reads(refuse, index, [(op.kind, r) for r in sources_of(op)], available)
             available.add(op.to)
         known = available - {PREDICTION}
+        _check_rows(refuse, index, call)
     if LATENTS not in known:
         raise refuse("state", "no register 'latents'", "one, as the result")
+    _check_decisions(refuse, program)
 
 
 def sources_of(op: Operation) -> tuple[str, ...]:
@@ -212,3 +221,30 @@ def _check_reads(
     for what, register in reads:
         if register not in known:
             raise refuse(f"call {index}", f"{what} reads register {register!r}, which nothing wrote", "a written one")
+
+
+def _check_rows(refuse: Callable[[str, str, str], DataError], index: int, call: Call) -> None:
+    rows = [(f"vector {name!r}", row) for name, row in call.vectors.items()]
+    rows += [("correct", op.row) for op in call.update if isinstance(op, Correct)]
+    for what, row in rows:
+        if row < 0:
+            raise refuse(f"call {index}", f"{what} of row {row}", "a row of at least 0")
+
+
+def _check_decisions(refuse: Callable[[str, str, str], DataError], program: StepProgram) -> None:
+    first: Decide | None = None
+    for index, call in enumerate(program.calls):
+        decide = call.decide
+        if decide is None:
+            continue
+        first = first or decide
+        place = f"call {index}: decide"
+        if not (math.isfinite(decide.threshold) and decide.threshold >= 0):
+            raise refuse(f"{place}.threshold", f"{decide.threshold}", "a finite number of at least 0")
+        if decide.max_consecutive < 1:
+            raise refuse(f"{place}.max_consecutive", f"{decide.max_consecutive}", "at least 1")
+        if not decide.polynomial or not all(math.isfinite(c) for c in decide.polynomial):
+            raise refuse(f"{place}.polynomial", f"{list(decide.polynomial)}", "at least one coefficient, all finite")
+        if (decide.probe, decide.reference) != (first.probe, first.reference):
+            found = f"probe {decide.probe!r} with reference {decide.reference!r}"
+            raise refuse(place, found, f"{first.probe!r} with {first.reference!r}, as in the calls before")

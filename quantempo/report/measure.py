@@ -45,6 +45,9 @@ class ReportOptions:
         threads: engine threads.
         single_scale: compare with the best single scale over all range methods.
         timing_rounds: repetitions of the speed measurement.
+        worst: for how many tensors to measure what keeping their sites in float would buy, the noisiest first.
+        worst_samples: seeds for that.
+        min_psnr_db: what the headline has to reach; `None` gives no verdict.
     """
 
     samples: int = 64
@@ -56,6 +59,9 @@ class ReportOptions:
     threads: int = 0
     single_scale: bool = True
     timing_rounds: int = 15
+    worst: int = 10
+    worst_samples: int = 8
+    min_psnr_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantempo.contracts.codec import to_data
 from quantempo.contracts.table import ScaleTable
+from quantempo.errors import QualityNotReached
 from quantempo.inspection import site_counts, sizes
-from quantempo.progress import Progress, SilentProgress
+from quantempo.progress import Advance, Progress, SilentProgress
 from quantempo.quality import Images
+from quantempo.report.analysis import drifts, noise_by_tensor
+from quantempo.report.figures import write_figures
 from quantempo.report.measure import (
     Fidelity,
     GuidanceResult,
@@ -26,10 +30,13 @@ from quantempo.report.measure import (
     sessions,
     single_scale_tables,
 )
+from quantempo.report.page import Pictures, best_single, write_page
 from quantempo.report.sheet import AMPLIFY, Panel, contact_sheet, error_panel
+from quantempo.report.worst import measure_gains
 
 REPORT_VERSION = 1
 SHEET_IMAGES = 16
+PAGE_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,25 @@ class ReportSummary:
 
     def text(self) -> str:
         """The report's table."""
-        return table(self.facts) + f"\n\nwrote {self.folder / 'report.json'} and sheet.png"
+        return table(self.facts) + f"\n\nwrote {self.folder / 'index.html'}, report.json and pictures"
+
+    def check(self) -> None:
+        """Refuse a bundle that is further from float than was asked for.
+
+        Raises:
+            QualityNotReached: names the site that costs most.
+        """
+        verdict, quality, worst = self.facts.get("verdict"), self.facts["quality"], self.facts["analysis"]["worst"]
+        if verdict is None or verdict["passed"]:
+            return
+        first = ", ".join(worst[0]["sites"]) if worst else ""
+        raise QualityNotReached(
+            f"report {self.folder}", found=f"{quality['psnr_db']:.2f} dB at guidance {quality['guidance']:g}",
+            wanted=f"at least {verdict['min_psnr_db']:.2f} dB",
+            cause=f"{first} loses most: in float it would give {worst[0]['gain_db']:+.2f} dB" if worst
+            else "some sites do not stand 8 bits; a report with --worst 10 names them",
+            remedy="keep the sites at the head of the report's list in float (--keep), or calibrate with more samples",
+        )
 
 
 def write_report(bundle: Path, options: ReportOptions | None = None, progress: Progress | None = None) -> ReportSummary:
@@ -82,6 +107,11 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
         for g in options.guidance
     ]
     facts = report_facts(subject, options, results, speed)
+    with progress.stage("worst sites") as advance:
+        facts["analysis"] = analyse(subject, options, drawn["float"][options.guidance[0]], advance)
+    if options.min_psnr_db is not None:
+        passed = bool(results[0].groups.psnr_db >= options.min_psnr_db)
+        facts["verdict"] = {"min_psnr_db": options.min_psnr_db, "passed": passed}
     if populations is not None:
         facts["quality"].update(
             accuracy=populations.accuracy, accuracy_float=populations.accuracy_float,
@@ -91,8 +121,38 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
     folder = bundle / "report"
     folder.mkdir(exist_ok=True)
     _sheet(results[0], drawn, single).save(folder / "sheet.png")
+    partition, guidance = subject.bundle.manifest.partition, results[0].guidance
+    assert partition is not None
+    write_figures(folder, facts["analysis"], partition)
+    pictures = Pictures(*(drawn[name][guidance][:PAGE_IMAGES] for name in ("float", "groups")))
+    write_page(folder / "index.html", subject.bundle.manifest.name, facts, partition, pictures)
     (folder / "report.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     return ReportSummary(folder, facts)
+
+
+def analyse(subject: Subject, options: ReportOptions, reference: Images, advance: Advance) -> dict[str, Any]:
+    """Noise by tensor and group (estimated), drifting ranges, and what the worst sites cost (measured).
+
+    Args:
+        subject: the bundle.
+        options: how much to measure.
+        reference: float images of the headline guidance.
+        advance: told after each measured site.
+    """
+    table = subject.bundle.scale_table()
+    assert table is not None
+    stats = subject.statistics.stats()
+    noise = noise_by_tensor(stats, subject.plan, table)
+    tried = noise[: options.worst]
+    seeds = reference[: options.worst_samples]
+    gains = measure_gains(subject, table, tried, seeds, options, advance) if tried else ()
+    return {
+        "tensors": [
+            {"tensor": n.tensor, "sites": list(n.sites), "sqnr_db": [round(v, 3) for v in n.sqnr_db]} for n in noise
+        ],
+        "drift": [to_data(drift) for drift in drifts(stats, subject.plan)],
+        "worst": [to_data(gain) for gain in gains], "worst_samples": len(seeds),
+    }
 
 
 def _single_scales(
@@ -157,9 +217,8 @@ def table(facts: dict[str, Any]) -> str:
     quality, speed, size, sites = facts["quality"], facts["speed"], facts["size"], facts["sites"]
     lines = [f"same-seed fidelity to float, {quality['samples']} held-out seeds, {quality['steps']} steps"]
     for result in quality["by_guidance"]:
-        single = {name: f["psnr_db"] for name, f in result["single_scale"].items()}
-        best = max(single, key=lambda n: single[n]) if single else None
-        tail = f"   best single scale {single[best]:6.2f} dB ({best})" if best else ""
+        best = best_single(result)
+        tail = f"   best single scale {best[1]:6.2f} dB ({best[0]})" if best else ""
         lines.append(f"  guidance {result['guidance']:<5g} PSNR {result['groups']['psnr_db']:6.2f} dB{tail}")
     if "accuracy" in quality:
         lines.append(
@@ -174,6 +233,14 @@ def table(facts: dict[str, Any]) -> str:
         f"({speed['float_ms_per_call'] / speed['int8_ms_per_call']:.2f}×); "
         f"the loop itself {speed['loop_overhead_ms_per_call']:.3f} ms",
     ]
+    worst = facts["analysis"]["worst"][:3]
+    if worst:
+        lines.append("worst sites, and what keeping them in float would buy:")
+        lines += [f"  {row['gain_db']:+6.2f} dB  {', '.join(row['sites'])}" for row in worst]
+    if "verdict" in facts:
+        verdict = facts["verdict"]
+        lines.append(f"verdict    {'passed' if verdict['passed'] else 'FAILED'}: {quality['psnr_db']:.2f} dB, "
+                     f"{verdict['min_psnr_db']:.2f} dB asked for")
     return "\n".join(lines)
 
 

@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from quantempo.calib.trajectories import ProgramChoice
-from quantempo.contracts.codec import from_data, parse_json
+from quantempo.contracts.codec import canonical_json, digest, from_data, parse_json, to_data
 from quantempo.contracts.manifest import Decoder, Denoiser
 from quantempo.contracts.plan import QuantPlan
-from quantempo.contracts.program import StepProgram
+from quantempo.contracts.program import StepProgram, check_program
 from quantempo.engines.registry import open_engine
 from quantempo.errors import MissingExtra, PlanError
-from quantempo.progress import Progress
+from quantempo.progress import Advance
 from quantempo.recipe import Recipe
-from quantempo.stages.calibration import ENGINE, trajectory_batches
+from quantempo.stages.calibration import ENGINE, Taps, trajectory_batches
+from quantempo.stages.conditioning import resolve
+from quantempo.stages.store import StageResult, StageStore
+from quantempo.stages.versions import code, libraries
 
 if TYPE_CHECKING:
+    from quantempo.export.families import Family
     from quantempo.export.graph_files import Graph
+    from quantempo.export.source import ModelSource
+
+FACTS, PLAN, TAPS = "facts.json", "plan.json", "taps.json"
+EXPORT_CODE = ("quantempo.export", "quantempo.contracts")
+EXPORT_LIBRARIES = ("diffusers", "numpy", "onnx", "onnx-ir", "onnxscript", "torch")
 
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A model's float parts, before anything is quantized."""
+    """A model's float parts, before anything is quantized.
+
+    Args:
+        name: of the model directory.
+        class_name: the denoiser's diffusers class.
+        digest: of the denoiser's configuration and weights.
+        denoiser, decoder: the manifest's descriptions.
+        graph, decoder_graph: their weights stay in files.
+        graph_file, graph_digest: the denoiser's file, with `.data` beside it, and SHA-256 over both.
+        scheduler, scheduler_digest, scheduler_json: class name, digest of the configuration, its file.
+        programs: the file of each step count.
+    """
 
     name: str
     class_name: str
     digest: str
     denoiser: Denoiser
     graph: Graph
+    graph_file: Path
     graph_digest: str
     decoder: Decoder
     decoder_graph: Graph | None
     scheduler: str
     scheduler_digest: str
     scheduler_json: bytes
-    programs: Mapping[int, StepProgram]
+    programs: Mapping[int, Path]
+
+    def program(self, steps: int) -> StepProgram:
+        """The step program of a step count that was traced."""
+        path = self.programs[steps]
+        program = from_data(StepProgram, parse_json(path.read_bytes(), str(path)), str(path))
+        check_program(program, str(path))
+        return program
 
 
 def require_compile_extra() -> None:
@@ -51,48 +80,113 @@ def require_compile_extra() -> None:
             raise MissingExtra("compile", package=package, extra="compile,cpu")
 
 
-def export_model(
-    model: Path,
-    scheduler: Path | None,
-    recipe: Recipe,
-    work: Path,
-    progress: Progress,
-    arrays: Mapping[str, NDArray[Any]],
-) -> Exported:
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model directory that was looked through, before anything is traced.
+
+    Args:
+        source, family: what it is and how it is fed.
+        stock: its scheduler.
+        recipe: with the labels of the calibration file.
+        arrays: conditioning, from the caller or from the calibration file.
+    """
+
+    source: ModelSource
+    family: Family
+    stock: Any
+    recipe: Recipe
+    arrays: Mapping[str, NDArray[Any]]
+
+
+def open_model(model: Path, scheduler: Path | None, recipe: Recipe, arrays: Mapping[str, NDArray[Any]]) -> Opened:
+    """Look through a model directory and everything that a recipe names.
+
+    Raises:
+        QuantempoError: the directory cannot be used, or calibration would be impossible.
+    """
     require_compile_extra()
-    from quantempo.export.decoder import trace_decoder
     from quantempo.export.families import family_of
-    from quantempo.export.graph_files import load_graph
-    from quantempo.export.sampler import load_scheduler, scheduler_identity, trace_programs
+    from quantempo.export.sampler import load_scheduler
     from quantempo.export.source import open_source
-    from quantempo.export.trace import load_denoiser, trace_module, verify_denoiser
 
     source = open_source(model, scheduler)
     family = family_of(source)
     stock = load_scheduler(source.scheduler)
     if recipe.precision != "float32":
         # Refused here rather than after minutes of tracing.
+        for folder in recipe.schedulers:
+            load_scheduler(Path(folder))
+        recipe, arrays = resolve(recipe, family.denoiser(), arrays)
         choices = [ProgramChoice(steps, folder) for folder in ("", *recipe.schedulers) for steps in recipe.steps]
         trajectory_batches(family.denoiser(), recipe, choices, arrays)
-    with progress.stage("trace sampler"):
-        programs = trace_programs(stock, sorted({*range(1, recipe.max_steps + 1), *recipe.steps}))
-    with progress.stage("trace denoiser"):
-        module = load_denoiser(source)
-        graph = trace_module(module, family, work)
-        verify_denoiser(graph, module, family, _run_graph)
-        del module
+    return Opened(source, family, stock, recipe, arrays)
+
+
+def export_model(opened: Opened, store: StageStore) -> Exported:
+    """Trace what a model directory holds, or take earlier traces."""
+    from quantempo.export.graph_files import load_graph
+    from quantempo.export.sampler import scheduler_identity
+
+    source, family, recipe = opened.source, opened.family, opened.recipe
+    name, identity = scheduler_identity(opened.stock)
+    steps = sorted({*range(1, recipe.max_steps + 1), *recipe.steps})
+    programs = _programs(store, opened.stock, identity, steps)
+    denoiser = _denoiser(store, source, family)
+    facts = _read(denoiser.path(FACTS))
     decoder, decoder_graph = Decoder(), None
     if source.vae is not None:
-        with progress.stage("trace decoder"):
-            traced, decoder = trace_decoder(source.vae, work, _run_graph, sample_shape=family.sample_shape)
-            decoder_graph = load_graph(traced.path)
-    name, identity = scheduler_identity(stock)
+        traced = _decoder(store, source.vae, family.sample_shape)
+        decoder = from_data(Decoder, _read(traced.path(FACTS)), FACTS)
+        decoder_graph = load_graph(traced.path("decoder.onnx"))
     return Exported(
         name=source.name, class_name=source.class_name, digest=source.digest, denoiser=family.denoiser(),
-        graph=load_graph(graph.path), graph_digest=graph.digest, decoder=decoder, decoder_graph=decoder_graph,
-        scheduler=name, scheduler_digest=identity, programs=programs,
+        graph=load_graph(denoiser.path("denoiser.onnx")), graph_file=denoiser.path("denoiser.onnx"),
+        graph_digest=facts["digest"], decoder=decoder, decoder_graph=decoder_graph, scheduler=name,
+        scheduler_digest=identity, programs={n: programs.path(f"{n:04d}.json") for n in steps},
         scheduler_json=(source.scheduler / "scheduler_config.json").read_bytes(),
     )
+
+
+def _programs(store: StageStore, stock: Any, identity: str, steps: list[int]) -> StageResult:
+    from quantempo.export.sampler import trace_programs
+
+    def make(folder: Path, advance: Advance) -> None:
+        for count, program in trace_programs(stock, steps).items():
+            (folder / f"{count:04d}.json").write_text(canonical_json(program))
+
+    return store.run("sampler", {
+        "scheduler": identity, "step counts": steps, "code": code(*EXPORT_CODE),
+        "libraries": libraries("diffusers", "numpy", "torch"),
+    }, make)  # fmt: skip
+
+
+def _denoiser(store: StageStore, source: ModelSource, family: Family) -> StageResult:
+    from quantempo.export.trace import load_denoiser, trace_module, verify_denoiser
+
+    def make(folder: Path, advance: Advance) -> None:
+        module = load_denoiser(source)
+        graph = trace_module(module, family, folder)
+        verify_denoiser(graph, module, family, _run_graph)
+        (folder / FACTS).write_text(json.dumps({"digest": graph.digest}))
+
+    return store.run("denoiser", {
+        "model": source.digest, "prompt length": source.tokens, "code": code(*EXPORT_CODE),
+        "libraries": libraries(*EXPORT_LIBRARIES),
+    }, make)  # fmt: skip
+
+
+def _decoder(store: StageStore, vae: Path, sample_shape: tuple[int, ...]) -> StageResult:
+    from quantempo.export.decoder import trace_decoder
+    from quantempo.export.source import component_digest
+
+    def make(folder: Path, advance: Advance) -> None:
+        _, decoder = trace_decoder(vae, folder, _run_graph, sample_shape=sample_shape)
+        (folder / FACTS).write_text(canonical_json(decoder))
+
+    return store.run("decoder", {
+        "model": component_digest(vae), "size of the latents": sample_shape, "code": code(*EXPORT_CODE),
+        "libraries": libraries(*EXPORT_LIBRARIES),
+    }, make)  # fmt: skip
 
 
 def _run_graph(path: Path, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -103,22 +197,68 @@ def _run_graph(path: Path, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
         engine.close()
 
 
-def make_plan(exported: Exported, recipe: Recipe, plan_file: Path | None) -> QuantPlan:
-    from quantempo.export.sites import PlanOptions, check_plan, default_plan
+def _read(path: Path) -> Any:
+    return parse_json(path.read_bytes(), str(path))
 
-    if plan_file is None:
-        options = PlanOptions(
-            keep=(*recipe.keep, *recipe.exclude), activation_bits=recipe.activation_bits, centre=recipe.centre
-        )
-        return default_plan(exported.graph, exported.graph_digest, options)
-    plan = from_data(QuantPlan, parse_json(plan_file.read_bytes(), str(plan_file)), str(plan_file))
+
+def plan_stage(
+    store: StageStore, exported: Exported, recipe: Recipe, plan_file: Path | None
+) -> tuple[QuantPlan, Taps]:
+    """The plan, and what calibration has to watch.
+
+    The taps are those of the plan and of the plan that keeps nothing by pattern, so that another pattern needs no other
+    calibration.
+
+    Raises:
+        PlanError: a pattern matches nothing, or the given plan does not fit the model.
+    """
+    from quantempo.export.sites import PlanOptions, default_plan
+
+    given = None if plan_file is None else read_plan(plan_file, exported)
+    options = PlanOptions(
+        keep=(*recipe.keep, *recipe.exclude), rules=recipe.rules, activation_bits=recipe.activation_bits,
+        centre=recipe.centre,
+    )
+
+    def make(folder: Path, advance: Advance) -> None:
+        plan = given or default_plan(exported.graph, exported.graph_digest, options)
+        more = replace(options, keep=(), rules=tuple(rule for rule in recipe.rules if rule.action == "quantize"))
+        everything = default_plan(exported.graph, exported.graph_digest, more)
+        (folder / PLAN).write_text(canonical_json(plan))
+        (folder / TAPS).write_text(canonical_json(Taps.of(plan, everything)))
+
+    inputs = {"denoiser": exported.graph_digest, "code": code(*EXPORT_CODE, "quantempo.stages.model")}
+    if given is not None:
+        inputs["plan file"] = digest(canonical_json(given))
+    settings = {
+        "keep": options.keep, "rules": to_data(options.rules), "activation bits": options.activation_bits,
+        "centre": options.centre,
+    }
+    result = store.run("plan", {**inputs, **settings}, make)
+    plan = from_data(QuantPlan, _read(result.path(PLAN)), PLAN)
+    return plan, from_data(Taps, _read(result.path(TAPS)), TAPS)
+
+
+def read_plan(path: Path, exported: Exported) -> QuantPlan:
+    """A plan from a file, which may have been edited.
+
+    Raises:
+        PlanError: it is for another model, or does not fit it.
+        DataError: it is not a plan.
+    """
+    from quantempo.export.sites import check_plan
+
+    data = _read(path)
+    if isinstance(data, dict):
+        data.pop("predictions", None)  # written by `quantempo plan` for people
+    plan = from_data(QuantPlan, data, str(path))
     if plan.model != exported.graph_digest:
         raise PlanError(
-            f"plan {plan_file}", found=f"a plan for the graph {plan.model[:12]}…",
+            f"plan {path}", found=f"a plan for the graph {plan.model[:12]}…",
             wanted=f"one for {exported.graph_digest[:12]}…", cause="it was written for another model or version",
             remedy="compile without --plan, then edit the plan.json of that bundle",
         )
-    check_plan(plan, exported.graph, f"plan {plan_file}")
+    check_plan(plan, exported.graph, f"plan {path}")
     return plan
 
 

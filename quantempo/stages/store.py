@@ -1,7 +1,7 @@
 """Results of stages, addressed by what they were made from.
 
-A stage's *key* is a digest over its name and its inputs: digests of files, the recipe's fields that it reads, keys of the
-stages before it, versions of libraries and a digest of the code.  Its result is a folder of plain files under
+A stage's *key* is a digest over its name and its inputs: digests of files, the recipe's fields that it reads, keys of
+the stages before it, versions of libraries and a digest of the code.  Its result is a folder of plain files under
 `STAGE/KEY/`, with `stage.json` (inputs, sizes and digests of the files), and it is renamed into place when it is
 complete.  So an interrupted run leaves whole results, which the next run takes, and at most one unfinished folder.
 
@@ -78,12 +78,12 @@ Make = Callable[[Path, Advance], None]
 
 
 def default_root() -> Path:
-    """`$QUANTEMPO_WORK`, else `quantempo` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
+    """`$QUANTEMPO_WORK`, else `quantempo/stages` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
     if os.environ.get(WORK_VARIABLE):
         return Path(os.environ[WORK_VARIABLE])
     base = os.environ.get("XDG_CACHE_HOME") or ""
     # The XDG specification asks that relative paths are ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "quantempo"
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "quantempo" / "stages"
 
 
 def cache_limit() -> int:
@@ -103,6 +103,13 @@ def cache_limit() -> int:
             cause="a misspelling", remedy=f"set it to {DEFAULT_LIMIT_GB:g}, or to 0 for no limit",
         )
     return int(limit * 1e9)
+
+
+def open_store(work: Path | str | None, progress: Progress) -> StageStore:
+    """The user's store with its limit, or one in a folder of the caller's, which nothing limits."""
+    if work is None:
+        return StageStore(default_root(), progress, cache_limit())
+    return StageStore(Path(work), progress)
 
 
 class StageStore:
@@ -187,7 +194,7 @@ class StageStore:
 
     def _why(self, stage: str, inputs: Mapping[str, str]) -> str:
         """Which inputs differ from the earlier result that is most like this one; the latest of several."""
-        best: tuple[int, float] = (-1, 0.0)
+        best: tuple[int, float] | None = None
         changed: list[str] = []
         for file in (self.root / stage).glob(f"*/{RECORD}"):
             try:
@@ -196,7 +203,7 @@ class StageStore:
             except (OSError, DataError):
                 continue
             differing = sorted(n for n in {*earlier, *inputs} if earlier.get(n) != inputs.get(n))
-            if (-len(differing), age) > best or best[0] == -1:
+            if best is None or (-len(differing), age) > best:
                 best, changed = (-len(differing), age), differing
         return f"changed: {', '.join(changed)}" if changed else "first run"
 

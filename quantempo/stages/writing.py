@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +11,18 @@ import numpy as np
 
 from quantempo import __version__
 from quantempo.contracts.codec import canonical_json, digest
-from quantempo.contracts.manifest import Denoiser, GraphEntry, Manifest, ProgramIndex
+from quantempo.contracts.manifest import Decoder, Denoiser, FileEntry, GraphEntry, Manifest, ProgramIndex
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.table import ScaleTable
-from quantempo.engines.ort import executed_operators
+from quantempo.engines.gate import GateReport, check_ort
+from quantempo.engines.onnx_reader import read_graph
+from quantempo.engines.ort import optimized_graph
+from quantempo.engines.targets import target
 from quantempo.errors import ExportError
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter
-from quantempo.stages.calibration import Calibration
+from quantempo.stages.dialects import GraphChoice, lower_graphs, split_name
 from quantempo.stages.model import Exported
 
 if TYPE_CHECKING:
@@ -29,31 +32,6 @@ if TYPE_CHECKING:
 GROUP_INPUT = "scale_group"
 
 
-def lower_graphs(
-    graph: Graph,
-    plan: QuantPlan,
-    table: ScaleTable,
-    weights: Mapping[str, QuantizedWeight],
-    dialects: Iterable[str],
-) -> dict[str, Graph]:
-    """Quantized graphs by name, all with the same weights."""
-    from quantempo.export.lower_ort import lower_ort
-    from quantempo.export.lower_portable import lower_portable
-
-    lowerings = {"ort": lower_ort, "portable": lower_portable}
-    return {f"full.{name}-f32": lowerings[name](graph, plan, table, weights) for name in dialects}
-
-
-def round_weights(
-    exported: Exported, plan: QuantPlan, recipe: Recipe, collected: Calibration, table: ScaleTable
-) -> Mapping[str, QuantizedWeight]:
-    from quantempo.export.weights import quantize_weights
-
-    if recipe.weight_method == "gptq":
-        return quantize_weights(exported.graph, plan, "mse", collected.grams.matrices(table))
-    return quantize_weights(exported.graph, plan, recipe.weight_method)
-
-
 def write_quantized(
     writer: BundleWriter,
     exported: Exported,
@@ -61,26 +39,45 @@ def write_quantized(
     table: ScaleTable,
     weights: Mapping[str, QuantizedWeight],
     recipe: Recipe,
+    choice: GraphChoice,
 ) -> Manifest:
     from safetensors.numpy import save
 
-    graphs = lower_graphs(exported.graph, plan, table, weights, ("ort", "portable"))
+    graphs = lower_graphs(exported.graph, plan, table, weights, choice)
     denoiser = dataclasses.replace(exported.denoiser, group_input=GROUP_INPUT)
     manifest = _write_common(writer, exported, graphs, denoiser, recipe)
-    check_fused(writer.root / "graphs" / "full.ort-f32.onnx", plan)
+    if "ort-f32" in choice.names:
+        check_fused(writer.root / "graphs" / "full.ort-f32.onnx", plan)
     writer.add_bytes("tables.safetensors", save({k: np.ascontiguousarray(v) for k, v in table.arrays().items()}))
     writer.add_json("plan.json", plan)
     return dataclasses.replace(
-        manifest, precision="int8", requires=("scale-groups-1", "step-program-1"), partition=table.partition,
+        manifest, precision=recipe.precision, requires=("scale-groups-1", "step-program-1"), partition=table.partition,
         tables="tables.safetensors", plan="plan.json",
     )
 
 
 def write_float(exported: Exported, recipe: Recipe, out: Path, overwrite: bool) -> OpenBundle:
+    """A float bundle."""
     with BundleWriter(out, overwrite=overwrite) as writer:
         manifest = _write_common(writer, exported, {"full.float-f32": exported.graph}, exported.denoiser, recipe)
         writer.finish(manifest)
     return read_bundle(out)
+
+
+def float_view(exported: Exported, recipe: Recipe) -> OpenBundle:
+    """The exported denoiser as a bundle to run, where it lies: no file is copied, and none is a step program."""
+    file = exported.graph_file
+    names = (file.name, *(f.name for f in [file.with_name(f"{file.name}.data")] if f.is_file()))
+    entry = _entry("full.float-f32", exported.graph, file.name, names[1:])
+    manifest = Manifest(
+        name=exported.name, precision="float32", requires=(),
+        files={name: FileEntry("", file.with_name(name).stat().st_size) for name in names},
+        graphs={"full.float-f32": dataclasses.replace(entry, file=file.name, data=names[1:])},
+        denoiser=exported.denoiser, decoder=Decoder(), default_guidance=recipe.default_guidance,
+        programs=ProgramIndex(exported.scheduler, exported.scheduler_digest, {}, "", recipe.steps[0]),
+        provenance={"float_graph": exported.graph_digest},
+    )
+    return OpenBundle(file.parent, manifest, exported.graph_digest)
 
 
 def _write_common(
@@ -102,9 +99,9 @@ def _write_common(
     written = write_graphs(folder, models)
     entries = {name: _entry(name, models[name], file.file, file.data) for name, file in written.items()}
     files = {}
-    for steps, program in exported.programs.items():
+    for steps, path in exported.programs.items():
         files[str(steps)] = f"programs/{steps:04d}.json"
-        writer.add_json(files[str(steps)], program)
+        writer.add_file(files[str(steps)], path)
     writer.add_bytes("scheduler_config.json", exported.scheduler_json)
     writer.add_json("recipe.json", recipe)
     return Manifest(
@@ -120,10 +117,11 @@ def _write_common(
 def _entry(name: str, model: Graph, file: str, data: Sequence[str]) -> GraphEntry:
     from quantempo.export.graph_files import specs
 
-    variant, _, dialect = name.partition(".")
+    variant, _, form = name.partition(".")
+    dialect, float_type = split_name(form)
     return GraphEntry(
         file=f"graphs/{file}", data=tuple(f"graphs/{d}" for d in data), variant=variant,
-        dialect=dialect.removesuffix("-f32"), float_type="float32",  # type: ignore[arg-type]  # names are ours
+        dialect=dialect, float_type=float_type,  # type: ignore[arg-type]  # names are ours
         inputs=specs(model.graph.inputs), outputs=specs(model.graph.outputs),
     )
 
@@ -139,23 +137,19 @@ def _provenance(exported: Exported, recipe: Recipe) -> dict[str, str]:
     }
 
 
-def check_fused(graph: Path, plan: QuantPlan) -> None:
-    """Post-condition: the optimized graph runs every quantized site on integer operators.
+def check_fused(graph: Path, plan: QuantPlan) -> GateReport:
+    """Post-condition: ONNX Runtime runs every quantized site on integer operators.
 
     Raises:
-        ExportError: it does not.
+        FusionError: it does not.
+        ExportError: the graph holds another number of sites than the plan.
     """
-    ran = executed_operators(graph)
-    sites = plan.quantized()
-    wanted = {
-        "com.microsoft.MatMulIntegerToFloat": sum(site.op == "matmul" for site in sites),
-        "QLinearConv": sum(site.op == "conv" for site in sites),
-    }
-    nhwc = ran.get("com.microsoft.QLinearConv", 0)
-    found = {name: ran.get(name, 0) + (nhwc if name == "QLinearConv" else 0) for name in wanted}
-    if found != wanted:
+    report = check_ort(optimized_graph(graph), read_graph(graph), target("cpu"))
+    sites = len(plan.quantized())
+    if report.sites != sites:
         raise ExportError(
-            f"optimized graph of {graph.name}", found=str(found), wanted=str(wanted),
-            cause="this version of ONNX Runtime rewrites the quantized operators",
-            remedy="report it with the output of `pip list`; onnxruntime 1.23 to 1.31 are known to work",
+            f"graph {graph.name}", found=f"{report.sites} integer products", wanted=f"{sites}, one per quantized site",
+            cause="a mistake in the lowering", remedy="report this with the plan",
         )
+    report.require(f"optimized graph of {graph.name}")
+    return report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from quantempo.calib.gram import MAX_CHANNELS, ROWS_PER_CALL, GramCollector
@@ -50,3 +52,21 @@ def test_centred_sums_are_those_of_what_is_left_after_each_groups_centre() -> No
 
 def test_a_collector_that_saw_nothing_has_no_matrices() -> None:
     assert GramCollector(["x"]).matrices() == {}
+
+
+def test_a_saved_collector_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    calls = [(float(i % 2), RNG.standard_normal((2, 5, 8)).astype(np.float32)) for i in range(4)]
+    whole, half = GramCollector(["x"]), GramCollector(["x"])
+    for key, values in calls[:2]:
+        whole.observe(key, {"x": values})
+        half.observe(key, {"x": values})
+    half.save(tmp_path / "half")
+    again = GramCollector(["x"])
+    again.restore(tmp_path / "half")
+    for key, values in calls[2:]:
+        whole.observe(key, {"x": values})
+        again.observe(key, {"x": values})
+    whole.save(tmp_path / "whole")
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert np.array_equal(again.matrices()["x"], whole.matrices()["x"])

@@ -3,16 +3,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from quantempo.calib.collect import StatsCollector
+from quantempo.calib.gram import GramCollector
 from quantempo.calib.trajectories import (
     FIRST_SEED,
     CalibrationSet,
     Observer,
     ProgramChoice,
+    RunBatch,
     TrajectoryBatch,
     guidance_range,
     plan_batches,
@@ -161,14 +164,69 @@ def test_a_batch_that_observes_nothing_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_a_broken_sample_is_named_and_earlier_batches_stay(tmp_path: Path) -> None:
-    def breaks(batch: TrajectoryBatch, observer: Observer) -> None:
-        if batch.index < 2:
-            return _run(batch, observer)
-        x = np.ones((2, 4), np.float32)
-        x[1, 1] = np.inf
-        return observer(1.0, {"x": x})
+def _breaking(bad: set[int]) -> RunBatch:
+    def run(batch: TrajectoryBatch, observer: Observer) -> None:
+        _run(batch, observer)
+        if batch.index in bad:
+            x = np.ones((2, 4), np.float32)
+            x[1, 1] = np.inf
+            observer(1.0, {"x": x})
 
-    with pytest.raises(NonFiniteActivation, match=f"'x' at timestep 1, seed {FIRST_SEED + 5}"):
-        run_calibration(plan_batches(SMALL), breaks, _fresh(), tmp_path / "c")
-    assert StatsCollector.load(tmp_path / "c").samples()[0.0] == 4
+    return run
+
+
+def test_a_broken_sample_of_the_first_batch_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteActivation, match=f"'x' at timestep 1, seed {FIRST_SEED + 1}"):
+        run_calibration(plan_batches(SMALL), _breaking({0}), _fresh(), tmp_path / "c")
+
+
+def test_failed_samples_are_counted_and_the_others_are_kept(tmp_path: Path) -> None:
+    batches = plan_batches(SMALL)
+    shown: list[int] = []
+    with pytest.raises(CalibrationError) as caught:
+        run_calibration(batches, _breaking({2, 4}), _fresh(), tmp_path / "c", lambda done, total: shown.append(done))
+    message = str(caught.value)
+    assert "found 6 of 10 samples; 4 in 2 batches failed, wanted all that were asked for" in message
+    assert f"batch 2: calibration, tensor 'x' at timestep 1, seed {FIRST_SEED + 5}: found infinity" in message
+    assert "the samples that succeeded are kept" in message
+    assert shown == [0, 1, 2, 3, 4, 5]
+    assert StatsCollector.load(tmp_path / "c").samples()[0.0] == 6, "nothing of a failed batch is counted"
+    ran: list[int] = []
+
+    def mended(batch: TrajectoryBatch, observer: Observer) -> None:
+        ran.append(batch.index)
+        _run(batch, observer)
+
+    found = run_calibration(batches, mended, _fresh(), tmp_path / "c")
+    assert ran == [2, 4]
+    whole = run_calibration(batches, _run, _fresh())
+    for a, b in zip(found.stats().values(), whole.stats().values(), strict=True):
+        assert (a.total, a.low, a.counts.tobytes()) == (b.total, b.low, b.counts.tobytes())
+
+
+def test_the_companion_is_checkpointed_with_the_statistics(tmp_path: Path) -> None:
+    batches = plan_batches(SMALL)
+
+    def with_grams(grams: GramCollector, stop: int) -> RunBatch:
+        def run(batch: TrajectoryBatch, observer: Observer) -> None:
+            def both(key: float, taps: Any, branch: str = "") -> None:
+                observer(key, taps, branch)
+                grams.observe(key, taps)
+                if batch.index == stop:
+                    raise KeyboardInterrupt
+
+            _run(batch, both)
+
+        return run
+
+    whole = GramCollector(["x"])
+    run_calibration(batches, with_grams(whole, 9), _fresh(), tmp_path / "whole", companion=whole)
+    for stop in (1, 3):
+        half = GramCollector(["x"])
+        with pytest.raises(KeyboardInterrupt):
+            run_calibration(batches, with_grams(half, stop), _fresh(), tmp_path / "c", companion=half)
+    rest = GramCollector(["x"])
+    run_calibration(batches, with_grams(rest, 9), _fresh(), tmp_path / "c", companion=rest)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.5", "whole", "whole.5"]
+    assert (tmp_path / "c.5").read_bytes() == (tmp_path / "whole.5").read_bytes()
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "whole").read_bytes()

@@ -59,7 +59,8 @@ def test_a_good_plan_passes() -> None:
     ("changes", "words"),
     [
         ({"schedules": {"2": Schedule(("reuse.0", "full"))}}, r"schedules\.2, call 0[\s\S]*no features to reuse yet"),
-        ({"schedules": {"2": Schedule(("full", "reuse"))}}, r"call 1: found the variant 'reuse'[\s\S]*did you mean 'reuse\.[01]'"),
+        ({"schedules": {"2": Schedule(("full", "reuse"))}},
+         r"call 1: found the variant 'reuse'[\s\S]*did you mean 'reuse\.[01]'"),
         ({"schedules": {"2": Schedule(())}}, r"schedules\.2: found no calls"),
         ({"schedules": {"two": Schedule(("full",))}}, r"'two', wanted a number of steps"),
         ({"cuts": {"again": MASK}}, r"variant 'again', wanted names like 'reuse.0'"),

@@ -6,7 +6,18 @@ from dataclasses import replace
 import pytest
 
 from quantempo.contracts.codec import canonical_json, from_data
-from quantempo.contracts.program import LATENTS, PREDICTION, Call, Clamp, Lin, Noise, StepProgram, check_program
+from quantempo.contracts.program import (
+    LATENTS,
+    PREDICTION,
+    Call,
+    Clamp,
+    Correct,
+    Decide,
+    Lin,
+    Noise,
+    StepProgram,
+    check_program,
+)
 from quantempo.errors import DataError
 
 SAMPLE = {"sample": ((LATENTS, 1.0),)}
@@ -100,3 +111,47 @@ def test_a_program_without_latents_is_refused() -> None:
     program = replace(PROGRAM, state=(), calls=(Call(1.0, {}, (Noise("n", 1),), 0),))
     with pytest.raises(DataError, match="no register 'latents'"):
         check_program(program, "p")
+
+
+def _decides(*decisions: Decide) -> StepProgram:
+    calls = tuple(replace(PROGRAM.calls[0], decide=decide) for decide in decisions)
+    return replace(PROGRAM, calls=calls)
+
+
+@pytest.mark.parametrize(
+    ("decide", "words"),
+    [
+        (Decide("probe", -0.1), r"call 0: decide\.threshold: found -0\.1, wanted a finite number of at least 0"),
+        (Decide("probe", float("inf")), r"threshold: found inf"),
+        (Decide("probe", float("nan")), r"threshold: found nan"),
+        (Decide("probe", 0.1, max_consecutive=0), r"max_consecutive: found 0, wanted at least 1"),
+        (Decide("probe", 0.1, polynomial=()), r"polynomial: found \[\], wanted at least one coefficient"),
+        (Decide("probe", 0.1, polynomial=(1.0, float("nan"))), r"polynomial: found \[1\.0, nan\]"),
+    ],
+)
+def test_a_decision_out_of_range_is_refused(decide: Decide, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        check_program(_decides(decide), "p")
+
+
+def test_all_decisions_of_a_program_look_at_one_indicator_in_one_way() -> None:
+    check_program(_decides(Decide("probe", 0.0), Decide("probe", 0.3, accumulate=False)), "p")
+    for other in (Decide("probe.2", 0.3), Decide("probe", 0.3, reference="last_refresh")):
+        with pytest.raises(DataError, match=r"call 1: decide: found probe '.*, wanted 'probe' with 'previous_call'"):
+            check_program(_decides(Decide("probe", 0.0), other), "p")
+
+
+def test_negative_rows_are_refused() -> None:
+    with pytest.raises(DataError, match=r"call 0: found vector 'cache\.0\.gain' of row -1"):
+        check_program(replace(PROGRAM, calls=(replace(PROGRAM.calls[0], vectors={"cache.0.gain": -1}),)), "p")
+    with pytest.raises(DataError, match="found correct of row -2, wanted a row of at least 0"):
+        check_program(_with(Correct(LATENTS, PREDICTION, "g", "b", -2)), "p")
+
+
+def test_corrections_and_decisions_survive_json() -> None:
+    call = replace(
+        PROGRAM.calls[0], vectors={"cache.0.gain": 3}, update=(Correct(LATENTS, PREDICTION, "g", "b", 2),),
+        decide=Decide("probe", 0.25, "full", (2.0, -1.0), False, "last_refresh", 4),
+    )
+    program = replace(PROGRAM, calls=(call,))
+    assert from_data(StepProgram, json.loads(canonical_json(program)), "p") == program

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from support import tiny_models
 
-from quantempo import pipeline
 from quantempo.cli import main
-from quantempo.pipeline import CompileSummary, Exported, compile_model
+from quantempo.pipeline import CompileSummary, compile_model
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 
@@ -40,25 +39,9 @@ def unet_bundle(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> Open
     return compile_model(model, out, small, scheduler=model / "scheduler").bundle
 
 
-@pytest.fixture(scope="session")
-def _traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    export, known = pipeline.export_model, {}
-
-    def once(
-        model: Path, scheduler: Path | None, recipe: Recipe, _: Path, progress: Any, arrays: Any
-    ) -> Exported:
-        key = (model, scheduler, recipe.max_steps, recipe.steps)
-        if key not in known:
-            known[key] = export(model, scheduler, recipe, tmp_path_factory.mktemp("traced"), progress, arrays)
-        return known[key]
-
-    return once
-
-
 @pytest.fixture
-def compile_tiny(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> Compile:
-    """Compile the tiny DiT with a changed recipe; all such compiles share one trace, which takes most of the time."""
-    monkeypatch.setattr(pipeline, "export_model", _traced)
+def compile_tiny() -> Compile:
+    """Compile the tiny DiT with a changed recipe; such compiles share their traces through the stage store."""
 
     def compiled(out: Path, *, model: Path | None = None, scheduler: Path | None = None, plan_file: Path | None = None,
                  overwrite: bool = False, **changes: Any) -> CompileSummary:
@@ -67,12 +50,6 @@ def compile_tiny(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPat
         return compile_model(model or tiny_models.dit_pipeline(), out, recipe, **given)  # type: ignore[arg-type]
 
     return compiled
-
-
-@pytest.fixture
-def shared_trace(_traced: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles of one model share its trace, in the command line too."""
-    monkeypatch.setattr(pipeline, "export_model", _traced)
 
 
 @pytest.fixture

@@ -86,7 +86,6 @@ def test_a_wrong_setting_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("shared_trace")
 def test_compile_writes_a_bundle_and_sums_up(cli: Any, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     code, text, err = cli(

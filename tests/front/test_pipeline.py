@@ -136,7 +136,7 @@ def test_two_compiles_with_one_seed_give_the_same_bytes(dit_bundle: OpenBundle, 
         "import sys; from pathlib import Path; from quantempo.pipeline import compile_model\n"
         "from quantempo.contracts.codec import from_data, parse_json; from quantempo.recipe import Recipe\n"
         "recipe = from_data(Recipe, parse_json(Path(sys.argv[3]).read_bytes(), 'recipe'), 'recipe')\n"
-        "compile_model(Path(sys.argv[1]), Path(sys.argv[2]), recipe)"
+        "compile_model(Path(sys.argv[1]), Path(sys.argv[2]), recipe, work='work')"
     )
     words = [tiny_models.dit_pipeline(), tmp_path / "again", dit_bundle.root / "recipe.json"]
     environment = {**os.environ, "PYTHONHASHSEED": "4711"}
@@ -148,15 +148,17 @@ def test_two_compiles_with_one_seed_give_the_same_bytes(dit_bundle: OpenBundle, 
 
 @pytest.mark.full
 def test_two_compiles_of_a_unet_give_the_same_bytes(unet_bundle: OpenBundle, small: Recipe, tmp_path: Path) -> None:
-    compile_model(tiny_models.unet(), tmp_path / "again", small, scheduler=tiny_models.unet() / "scheduler")
+    scheduler = tiny_models.unet() / "scheduler"
+    compile_model(tiny_models.unet(), tmp_path / "again", small, scheduler=scheduler, work=tmp_path / "work")
     assert tree(tmp_path / "again") == tree(unet_bundle.root)
 
 
-def test_a_shared_trace_gives_the_bytes_of_a_whole_compile(
+def test_reused_stages_give_the_bytes_of_a_whole_compile(
     compile_tiny: Any, dit_bundle: OpenBundle, tmp_path: Path
 ) -> None:
     """What the other tests of this folder rely on."""
-    compile_tiny(tmp_path / "again")
+    made = compile_tiny(tmp_path / "again")
+    assert all(run.reused for run in made.stages)
     assert tree(tmp_path / "again") == tree(dit_bundle.root)
 
 
@@ -189,7 +191,8 @@ def test_the_graph_looks_up_the_scales_of_the_table(bundle: OpenBundle) -> None:
     model = onnx.load(graph_file(bundle))
     stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     group = bundle.manifest.denoiser.group_input
-    lookups = [n for n in model.graph.node if n.op_type == "Gather" and n.input[1] == group]
+    rows = [n for n in model.graph.node if n.op_type == "Gather" and n.input[1] == group]
+    lookups = [n for n in rows if n.name.startswith("activation.")]
     assert len(lookups) == 2, "one table of scales and one of zero points"
     scales = next(stored[n.input[0]] for n in lookups if stored[n.input[0]].dtype == np.float32)
     table = bundle.scale_table()

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +14,18 @@ import pytest
 from PIL import Image
 
 import quantempo
+from quantempo import pipeline
 from quantempo.calib.ranges import METHODS
+from quantempo.contracts.table import ScaleTable
 from quantempo.demo import JUDGE
+from quantempo.errors import QualityNotReached
 from quantempo.quality import psnr_db
 from quantempo.report import ReportOptions, write_report
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 
 OPTIONS = ReportOptions(
-    samples=5, population=24, guidance=(1.5, 4.0), steps=4, batch=4, judge=JUDGE, threads=1, timing_rounds=2
+    samples=5, population=24, guidance=(1.5, 4.0), steps=4, batch=4, judge=JUDGE, threads=1, timing_rounds=2,
+    worst=2, worst_samples=2, min_psnr_db=1.0,
 )
 KEYS = {
     "quality": (
@@ -128,3 +137,102 @@ def test_without_judge_and_comparison_their_keys_are_left_out(compile_tiny: Any,
     quality = write_report(path, options).facts["quality"]
     assert "psnr_db" in quality
     assert not {"accuracy", "frechet_to_float", "psnr_db_single_scale"} & set(quality)
+
+
+def test_the_analysis_covers_every_quantized_site_and_group_the_noisiest_first(facts: dict[str, Any]) -> None:
+    rows = facts["analysis"]["tensors"]
+    assert sum(len(row["sites"]) for row in rows) == facts["sites"]["quantized"]
+    assert all(len(row["sqnr_db"]) == facts["scales"]["groups"] for row in rows)
+    noise = [np.mean([10 ** (-v / 10) for v in row["sqnr_db"]]) for row in rows]
+    assert noise == sorted(noise, reverse=True)
+    assert 25 < np.median([v for row in rows for v in row["sqnr_db"]]) < 60, "8 bits"
+    gains = [row["gain_db"] for row in facts["analysis"]["worst"]]
+    assert len(gains) == OPTIONS.worst
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_the_verdict_is_in_file_page_and_text(made: Any, facts: dict[str, Any], dit_bundle: OpenBundle) -> None:
+    assert facts["verdict"] == {"min_psnr_db": 1.0, "passed": True}
+    assert "verdict    passed" in made.text()
+    assert "✓ passed" in (dit_bundle.root / "report" / "index.html").read_text()
+    made.check()
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory, small: Any) -> tuple[str, Any]:
+    """A bundle in which one tensor's scales are eight times too small; its first site, and the report."""
+    from support import tiny_models
+
+    made_table, victim = pipeline.scale_table, []
+
+    def wrong(*args: Any, **kwargs: Any) -> ScaleTable:
+        table = made_table(*args, **kwargs)
+        plan = args[1]
+        site = next(s for s in plan.quantized() if s.module.endswith("1.ff.net.2"))
+        victim.append(site.id)
+        scales = table.of(site.tensor)
+        small_scales = dataclasses.replace(
+            scales, scale=(scales.scale / 8).astype(np.float32),
+            symmetric_scale=(scales.symmetric_scale / 8).astype(np.float32),
+        )
+        return ScaleTable(table.partition, {**table.tensors, site.tensor: small_scales})
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pipeline, "scale_table", wrong)
+    try:
+        path = tmp_path_factory.mktemp("broken") / "bundle"
+        pipeline.compile_model(tiny_models.dit_pipeline(), path, small)
+    finally:
+        patch.undo()
+    options = dataclasses.replace(OPTIONS, population=0, single_scale=False, worst=3, min_psnr_db=90.0)
+    return victim[0], write_report(path, options)
+
+
+def test_a_scale_that_is_eight_times_too_small_is_named_first_and_fails(broken: tuple[str, Any]) -> None:
+    site, report = broken
+    assert report.facts["analysis"]["tensors"][0]["sites"] == [site]
+    assert report.facts["analysis"]["worst"][0]["sites"] == [site]
+    assert report.facts["analysis"]["worst"][0]["gain_db"] > 1
+    words = rf"found [\d.]+ dB at guidance 1.5, wanted at least 90.00 dB[\s\S]*{re.escape(site)} loses most"
+    with pytest.raises(QualityNotReached, match=words):
+        report.check()
+    assert "✗ failed" in (report.folder / "index.html").read_text()
+
+
+SELF_TEST = """
+<script>
+const slider = document.getElementById("slider"), results = [];
+slider.value = 20; slider.dispatchEvent(new Event("input"));
+results.push(getComputedStyle(document.getElementById("over")).clipPath);
+document.querySelectorAll("#heat rect")[1].dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+results.push(document.getElementById("heat-note").textContent);
+results.push(document.getElementById("under").naturalWidth, document.documentElement.scrollWidth <= innerWidth);
+document.body.insertAdjacentHTML("beforeend", "<pre id=results></pre>");
+document.getElementById("results").textContent = JSON.stringify(results);
+</script>
+"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1000, 400], ids=["desk", "phone"])
+def test_the_page_works_in_a_browser_without_network_or_errors(
+    made: Any, facts: dict[str, Any], dit_bundle: OpenBundle, tmp_path: Path, width: int
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text((dit_bundle.root / "report" / "index.html").read_text() + SELF_TEST)
+    ran = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )
+    assert "CONSOLE" not in ran.stderr
+    found = re.search(r'<pre id="results">(.*?)</pre>', ran.stdout)
+    assert found is not None, "the page's scripts ran to the end"
+    clip, note, picture_width, fits = json.loads(html.unescape(found[1]))
+    assert clip == "inset(0px 0px 0px 20%)", "the slider moves the border between the pictures"
+    row = facts["analysis"]["tensors"][0]
+    assert note.startswith(f"{', '.join(row['sites'])}: {row['sqnr_db'][1]:.1f} dB at timesteps ")
+    assert picture_width > 0
+    assert fits, "nothing has to be scrolled sideways"
+    assert "http" not in re.sub(r"data:[^\"]*", "", page.read_text()), "no address of another machine"

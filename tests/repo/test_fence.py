@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SIBLINGS = ("export", "calib", "engines", "runtime")
-FRONT_DOOR = {"__init__.py", "pipeline.py", "cli.py", "inspection.py"}
+FRONT_DOOR = {"__init__.py", "planning.py", "recipe_file.py", "building.py", "pipeline.py", "cli.py", "inspection.py"}
 """Modules of quantempo/ that compose the siblings; `FRONT_FOLDERS` are whole folders of such modules."""
-FRONT_FOLDERS = {"commands", "demo", "report", "stages"}
+FRONT_FOLDERS = {"commands", "demo", "devices", "report", "stages"}
 
 ALLOWED = {
     "torch": ("export/", "calib/tuning/", "tools/", "benchmarks/"),
@@ -26,6 +26,7 @@ ALLOWED = {
     "openvino": ("engines/openvino.py", "benchmarks/"),
     "tensorrt": ("engines/tensorrt.py",),
     "tensorrt_rtx": ("engines/tensorrt.py",),
+    "cuda": ("engines/cuda_device.py",),
     "typer": ("quantempo/cli.py", "quantempo/commands/"),
     "rich": ("quantempo/",),
     "sklearn": ("tools/", "benchmarks/"),

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from support.bundle_maker import Shape, make_bundle, rewrite_manifest
+from safetensors.numpy import save
+from support.bundle_maker import Shape, cached_program, make_bundle, make_program, replace_file, rewrite_manifest
 
-from quantempo.contracts.codec import digest
+from quantempo.contracts.codec import canonical_json, digest
 from quantempo.errors import (
     BundleError,
     DataError,
@@ -99,7 +102,7 @@ def test_a_newer_bundle_is_told_apart_from_an_unknown_key(bundle: Path) -> None:
 
 def test_an_unknown_required_feature_is_named(bundle: Path) -> None:
     rewrite_manifest(bundle, requires=["step-program-1", "telepathy-1"])
-    with pytest.raises(UnknownFeature, match="found the feature 'telepathy-1', wanted only scale-groups-1"):
+    with pytest.raises(UnknownFeature, match="found the feature 'telepathy-1', wanted only corrections-1"):
         read_bundle(bundle)
 
 
@@ -188,3 +191,127 @@ def test_a_step_count_without_a_program_names_the_nearest(bundle: Path, steps: i
     found = rf"found {steps}, wanted a step count with a program \(1 to 3, 5, 10\)"
     with pytest.raises(RequestError, match=found + rf"[\s\S]*nearest in the bundle is {close};.*compile"):
         read_bundle(bundle).program(steps)
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "c", Shape(steps=(1, 4, 10), cached=(4, 10)))
+
+
+def test_a_bundle_with_a_cache_opens_with_programs_and_vectors(cached: Path, bundle: Path) -> None:
+    opened = read_bundle(cached)
+    assert opened.cached_steps == (4, 10)
+    assert opened.cached_program(4) == cached_program(4)
+    assert opened.program(4) == make_program(4)
+    assert {name: a.shape for name, a in opened.vectors().items()} == {"gain": (10, 4), "bias": (10, 4)}
+    plain = read_bundle(bundle)
+    assert (plain.cached_steps, plain.vectors()) == ((), {})
+
+
+def graphs_with(cached: Path, graph: str, **changes: Any) -> dict[str, Any]:
+    graphs: dict[str, Any] = manifest(cached)["graphs"]
+    graphs[graph].update(changes)
+    return {"graphs": graphs}
+
+
+def without(cached: Path, feature: str) -> dict[str, Any]:
+    return {"requires": [name for name in manifest(cached)["requires"] if name != feature]}
+
+
+FULL, REUSE = "full.ort-float32", "reuse.0.ort-float32"
+
+
+def other_shape(cached: Path, *shape: int | str) -> dict[str, Any]:
+    inputs = manifest(cached)["graphs"][REUSE]["inputs"]
+    return graphs_with(cached, REUSE, inputs=[*inputs[:-1], {**inputs[-1], "shape": list(shape)}])
+
+
+def rows_first(cached: Path) -> dict[str, Any]:
+    """The feature without a batch dimension in both graphs."""
+    graphs = manifest(cached)["graphs"]
+    for graph, side in ((FULL, "outputs"), (REUSE, "inputs")):
+        graphs[graph][side][-1]["shape"] = [2, 8, 8]
+    return {"graphs": graphs}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (lambda b: without(b, "feature-cache-1"), "requires: found no 'feature-cache-1', wanted 'feature-cache-1'"),
+        (lambda b: without(b, "corrections-1"), "requires: found no 'corrections-1'"),
+        (lambda b: {"vectors": "vectors.bin"}, "vectors: found 'vectors.bin', which the manifest does not list"),
+        (
+            lambda b: {"cache": {"plan": "cache.jsn", "programs": {}}},
+            r"cache\.plan: found 'cache\.jsn', which the manifest[\s\S]*did you mean 'cache\.json'",
+        ),
+        (
+            lambda b: {"cache": {"plan": "cache.json", "programs": {"4": "programs/cached.5.json"}}},
+            r"cache\.programs\.4: found 'programs/cached\.5\.json', which the manifest does not list",
+        ),
+        (
+            lambda b: {"cache": {"plan": "cache.json", "programs": {"four": "programs/cached.4.json"}}},
+            r"cache\.programs: found the key 'four', wanted a number of steps",
+        ),
+        (
+            lambda b: {"cache": {"plan": "cache.json", "programs": {"10": "programs/cached.4.json"}}},
+            r"programs/cached\.4\.json: steps: found 4, wanted 10, as in the manifest",
+        ),
+        (lambda b: graphs_with(b, FULL, writes=["cache.1"]), "found feature 'cache.1' written, wanted an output"),
+        (lambda b: graphs_with(b, REUSE, reads=["cache.1"]), "found feature 'cache.1' read, wanted an input"),
+        (lambda b: graphs_with(b, FULL, writes=[]), "found feature 'cache.0', which no variant writes"),
+        (
+            lambda b: other_shape(b, "batch", 3, 8, 8),
+            r"feature 'cache\.0' as float32 \('batch', 3, 8, 8\), wanted float32 \('batch', 2, 8, 8\), as it is",
+        ),
+        (rows_first, r"found feature 'cache\.0' of shape \(2, 8, 8\), wanted rows of the batch \(batch\) first"),
+    ],
+)  # fmt: skip
+def test_a_manifest_whose_cache_does_not_fit_is_refused(cached: Path, changes: Any, words: str) -> None:
+    rewrite_manifest(cached, **changes(cached))
+    with pytest.raises(BundleError, match=words):
+        read_bundle(cached)
+
+
+def test_a_cached_program_that_the_graphs_cannot_replay_is_refused_when_the_bundle_is_opened(cached: Path) -> None:
+    program = cached_program(4)
+    early = replace(program, calls=(replace(program.calls[0], graph="reuse.0"), *program.calls[1:]))
+    replace_file(cached, "programs/cached.4.json", canonical_json(early).encode())
+    with pytest.raises(DataError, match=r"programs/cached\.4\.json: call 0: found graph 'reuse\.0', which reuses"):
+        read_bundle(cached)
+    missing = replace(program, calls=tuple(replace(c, graph=c.graph.replace("0", "1")) for c in program.calls))
+    replace_file(cached, "programs/cached.4.json", canonical_json(missing).encode())
+    with pytest.raises(DataError, match=r"call 1: found a call of graph 'reuse\.1'[\s\S]*did you mean 'reuse\.0'"):
+        read_bundle(cached)
+
+
+def test_a_cached_program_of_another_scheduler_is_refused(cached: Path) -> None:
+    program = replace(cached_program(4), scheduler="Other")
+    replace_file(cached, "programs/cached.4.json", canonical_json(program).encode())
+    with pytest.raises(BundleError, match="scheduler: found Other, wanted EchoScheduler, as in the manifest"):
+        read_bundle(cached)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"not safetensors", "vectors.safetensors: found a file that safetensors refuses"),
+        (save({"gain": np.ones((10, 4))}), "'gain': found float64 \\(10, 4\\), wanted float32 of shape"),
+        (save({"gain": np.ones((10, 4, 1), np.float32)}), "'gain': found float32 \\(10, 4, 1\\), wanted"),
+        (save({"gain": np.full((10, 4), np.nan, np.float32)}), "'gain': found NaN or infinity, wanted finite numbers"),
+        (save({"gain": np.ones((10, 4), np.float32)}), "with the unknown vector 'bias'"),
+        (
+            save({"gain": np.ones((3, 4), np.float32), "bias": np.ones((10, 4), np.float32)}),
+            "call 3: found correct of row 3 of 'gain', wanted rows 0 to 2",
+        ),
+    ],
+)
+def test_vectors_that_are_not_what_programs_need_are_refused(cached: Path, content: bytes, words: str) -> None:
+    replace_file(cached, "vectors.safetensors", content)
+    with pytest.raises((BundleError, DataError), match=words):
+        read_bundle(cached)
+
+
+def test_the_writer_refuses_a_cached_program_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the unknown vector 'gain'"):
+        make_bundle(tmp_path / "b", Shape(cached=(4,)), {"vectors": None})
+    assert not list(tmp_path.iterdir())

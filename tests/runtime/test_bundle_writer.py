@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,9 @@ from support.bundle_maker import Shape, make_bundle
 
 from quantempo.contracts.manifest import Manifest
 from quantempo.errors import BundleError, OutputExists, UnsafePath
+from quantempo.runtime import bundle_writer
 from quantempo.runtime.bundle import read_bundle
-from quantempo.runtime.bundle_writer import BundleWriter, check_target
+from quantempo.runtime.bundle_writer import BundleWriter, check_target, clean_up
 
 
 def names(folder: Path) -> list[str]:
@@ -74,6 +78,7 @@ def test_a_rename_that_fails_puts_the_older_bundle_back(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(bundle_writer, "_exchange", lambda first, second: False)
     with pytest.raises(OSError, match="disk on fire"):
         rewrite(old, before, manifest)
     assert tree(old) == before
@@ -142,3 +147,51 @@ def test_everything_is_synced_before_it_appears(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", watching)
     make_bundle(tmp_path / "b")
     assert {"manifest.json", "denoiser.json", "graphs", tmp_path.name} <= set(synced)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quantempo.runtime import bundle_writer
+from support.bundle_maker import make_bundle
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "writing":
+    bundle_writer.BundleWriter.finish = die
+elif sys.argv[2] == "between":  # the two renames of a system that cannot exchange
+    bundle_writer._exchange = lambda first, second: False
+    bundle_writer._sync = lambda path: None
+    rename, Path.rename = Path.rename, lambda self, target: die() if ".partial-" in self.name else rename(self, target)
+else:
+    bundle_writer.shutil.rmtree = die
+make_bundle(Path(sys.argv[1]), overwrite=True, changes={"name": "newer"})
+"""
+
+
+@pytest.mark.parametrize(("moment", "there"), [("writing", "older"), ("between", None), ("exchanged", "newer")])
+def test_a_killed_writer_leaves_a_whole_bundle_and_the_next_one_cleans_up(
+    tmp_path: Path, moment: str, there: str | None
+) -> None:
+    make_bundle(tmp_path / "b", changes={"name": "older"})
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "b"), moment], env=environment, check=False, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert len(names(tmp_path)) > 1 or there is None
+    if there is not None:
+        assert read_bundle(tmp_path / "b").manifest.name == there
+    clean_up(tmp_path / "b")
+    assert names(tmp_path) == ["b"]
+    assert read_bundle(tmp_path / "b").manifest.name == (there or "older")
+
+
+def test_the_folder_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    writer = BundleWriter(tmp_path / "b")
+    writer.__enter__()
+    clean_up(tmp_path / "b")
+    assert writer.root.is_dir()
+    writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert names(tmp_path) == []

@@ -16,7 +16,7 @@ from quantempo.contracts.partition import Partition
 from quantempo.contracts.program import LATENTS, PREDICTION, Call, Clamp, Lin, Noise, StepProgram
 from quantempo.engines.echo import EchoGraph, write_echo_graph
 from quantempo.engines.registry import open_engine
-from quantempo.errors import EngineError, RequestError
+from quantempo.errors import DataError, EngineError, RequestError
 from quantempo.runtime.loop import Loop, LoopRequest, Observation, OutsideCalibration
 from quantempo.runtime.rng import PhiloxNoise
 
@@ -156,7 +156,7 @@ def test_calls_choose_their_graph_variant(tmp_path: Path) -> None:
 def test_an_unknown_variant_is_named(tmp_path: Path) -> None:
     program = make_program(1)
     program = replace(program, calls=(replace(program.calls[0], graph="ful"),))
-    with pytest.raises(EngineError, match=r"a call of graph 'ful'[\s\S]*did you mean 'full'"):
+    with pytest.raises(DataError, match=r"a call of graph 'ful'[\s\S]*did you mean 'full'"):
         Loop({"full": echo(tmp_path)}, DENOISER, PARTITION).run(program, request())
 
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from quantempo.contracts.program import Clamp, Lin, Noise
+from quantempo.contracts.program import Clamp, Correct, Lin, Noise
 from quantempo.runtime.registers import Registers
 from quantempo.runtime.rng import PhiloxNoise, standard_normal
 
@@ -88,3 +88,27 @@ def test_operations_write_in_place() -> None:
     address = registers["a"].ctypes.data
     registers.apply(Lin("a", (("b", 0.5), ("a", 0.1))), NOISE)
     assert registers["a"].ctypes.data == address
+
+
+def test_correct_is_an_affine_map_per_channel_in_float64_rounded_once() -> None:
+    vectors = {"gain": standard_normal(8, 0, 0, (2, 3)), "bias": standard_normal(9, 0, 0, (2, 3))}
+    registers = Registers(("a", "b"), SHAPE, vectors)
+    registers["a"][...] = source = standard_normal(1, 0, 0, SHAPE)
+    registers.apply(Correct("b", "a", "gain", "bias", 1), NOISE)
+    wanted = np.empty(SHAPE, np.float32)
+    for place in np.ndindex(SHAPE):
+        gain, bias = float(vectors["gain"][1, place[1]]), float(vectors["bias"][1, place[1]])
+        wanted[place] = np.float32(float(source[place]) * gain + bias)
+    assert np.array_equal(registers["b"], wanted)
+    assert not np.array_equal(wanted, source * vectors["gain"][1][:, None] + vectors["bias"][1][:, None]), (
+        "float32 arithmetic would do as well, so the test shows nothing"
+    )
+    registers.apply(Correct("a", "a", "gain", "bias", 1), NOISE)
+    assert np.array_equal(registers["a"], wanted), "in place"
+
+
+def test_a_gain_of_one_and_a_bias_of_zero_change_nothing() -> None:
+    registers = Registers(("a",), SHAPE, {"one": np.ones((1, 3), np.float32), "zero": np.zeros((1, 3), np.float32)})
+    registers["a"][...] = before = standard_normal(1, 0, 0, SHAPE)
+    registers.apply(Correct("a", "a", "one", "zero", 0), NOISE)
+    assert np.array_equal(registers["a"], before)

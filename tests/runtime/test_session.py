@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.bundle_maker import Shape, echo_engine, make_bundle, make_program, rewrite_manifest
+from support.bundle_maker import Shape, cached_program, echo_engine, make_bundle, make_program, rewrite_manifest
 
 from quantempo.contracts.codec import to_data
 from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.manifest import ArrayInput, Denoiser, FileEntry, GraphEntry
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.engines.echo import EchoGraph, write_echo_graph
-from quantempo.errors import BundleError, EngineError, RequestError
+from quantempo.errors import BundleError, DataError, EngineError, RequestError
 from quantempo.runtime.bundle import file_digest, read_bundle
 from quantempo.runtime.images import to_unit
 from quantempo.runtime.request import Request
 from quantempo.runtime.rng import standard_normal
-from quantempo.runtime.session import Session
+from quantempo.runtime.session import CacheUnused, Session
 
 
 @pytest.fixture
@@ -343,3 +344,88 @@ def test_it_samples_without_any_engine_library(tmp_path: Path) -> None:
         "print([n for n in ('torch', 'diffusers', 'onnx', 'onnxruntime', 'scipy') if n in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_step_count_with_a_plan_reuses_features_without_being_asked(tmp_path: Path) -> None:
+    session = open_with(tmp_path, cached=(4,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached = session([1, 2], seed=0, num_inference_steps=4, guidance_scale=1.0)
+        plain = session([1, 2], seed=0, num_inference_steps=4, guidance_scale=1.0, feature_cache="none")
+        asked = session([1, 2], seed=0, num_inference_steps=4, guidance_scale=1.0, feature_cache="plan")
+    assert (cached.timings.rows, cached.timings.reused) == (8, 4)
+    assert {name: t.runs for name, t in cached.timings.variants.items()} == {"full": 2, "reuse.0": 2}
+    assert (plain.timings.rows, plain.timings.reused) == (8, 0)
+    assert not np.array_equal(cached.latents, plain.latents)
+    assert np.array_equal(cached.latents, asked.latents)
+    assert np.array_equal(
+        session([1, 2], seed=0, program=cached_program(4), guidance_scale=1.0).latents, cached.latents
+    )
+
+
+def test_a_plain_run_of_a_cached_bundle_opens_no_second_graph(tmp_path: Path) -> None:
+    session = open_with(tmp_path, cached=(4,))
+    session(1, seed=0, num_inference_steps=4, feature_cache="none")
+    assert set(session._engines) == {"full"}
+    session(1, seed=0, num_inference_steps=4)
+    assert set(session._engines) == {"full", "reuse.0"}
+    session.close()
+    with pytest.raises(EngineError, match="a closed engine"):
+        session(1, seed=0, num_inference_steps=4)
+
+
+def test_a_session_that_was_closed_opens_nothing_more(tmp_path: Path) -> None:
+    session = open_with(tmp_path, cached=(4,))
+    session.close()
+    with pytest.raises(EngineError, match=r"graphs/reuse\.0\.json: found a closed session"):
+        session(1, seed=0, num_inference_steps=4)
+
+
+def test_other_step_counts_and_samplers_run_uncached_with_one_notice(tmp_path: Path) -> None:
+    session = open_with(tmp_path, cached=(4, 10))
+    words = r"no cache plan for 5 steps of EchoScheduler, .* plans for: EchoScheduler with 4, 10 steps"
+    with pytest.warns(CacheUnused, match=words) as caught:
+        out = session(1, seed=0, num_inference_steps=5)
+    assert len(caught) == 1
+    assert out.timings.reused == 0
+    assert np.array_equal(out.latents, session(1, seed=0, num_inference_steps=5, feature_cache="none").latents)
+    with pytest.warns(CacheUnused, match="no cache plan for 4 steps of Other"):
+        session(1, seed=0, program=replace(make_program(4), scheduler="Other"))
+
+
+def test_a_plan_that_is_asked_for_and_not_there_is_refused(tmp_path: Path) -> None:
+    session = open_with(tmp_path / "1", cached=(4, 10))
+    words = r"feature_cache: found 'plan' for 5 steps of EchoScheduler, wanted .*\(EchoScheduler with 4, 10 steps\)"
+    with pytest.raises(RequestError, match=words):
+        session(1, num_inference_steps=5, feature_cache="plan")
+    with pytest.raises(RequestError, match="found 'plan' for 4 steps of Other"):
+        session(1, program=replace(make_program(4), scheduler="Other"), feature_cache="plan")
+    with pytest.raises(RequestError, match="found 'none' beside a program that reuses features"):
+        session(1, program=cached_program(4), feature_cache="none")
+    with pytest.raises(RequestError, match=r"'plan' for 4 steps of EchoScheduler, .*\(none for these graphs\)"):
+        open_with(tmp_path / "2")(1, num_inference_steps=4, feature_cache="plan")
+    with pytest.raises(RequestError, match=r"feature_cache: found 'plans', wanted[\s\S]*did you mean 'plan'"):
+        session(1, feature_cache="plans")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="feature_cache: found 'all'"):
+        Session(session.bundle, echo_engine, feature_cache="all")
+
+
+def test_the_session_s_own_choice_holds_where_a_call_makes_none(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", Shape(cached=(4,)))
+    uncached = Session.open(bundle, echo_engine, feature_cache="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert uncached(1, seed=0, num_inference_steps=4).timings.reused == 0
+        assert uncached(1, seed=0, num_inference_steps=5).timings.reused == 0
+    assert uncached(1, seed=0, num_inference_steps=4, feature_cache="auto").timings.reused > 0
+    with pytest.raises(RequestError, match="found 'plan' for 5 steps"):
+        Session.open(bundle, echo_engine, feature_cache="plan")(1, num_inference_steps=5)
+
+
+def test_a_foreign_program_that_does_not_fit_the_variants_is_refused(tmp_path: Path) -> None:
+    session = open_with(tmp_path, cached=(4,))
+    program = cached_program(4)
+    early = replace(program, calls=(replace(program.calls[0], graph="reuse.0"), *program.calls[1:]))
+    with pytest.raises(DataError, match=r"call 0: found graph 'reuse\.0', which reuses feature 'cache\.0'"):
+        session(1, program=early)
+    assert set(session._engines) == {"full"}

@@ -1,0 +1,1 @@
+"""Fitting by gradient: the one place of calibration that runs torch."""

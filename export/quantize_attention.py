@@ -1,0 +1,144 @@
+"""Quantized attention: quantizers on queries, keys, values and probabilities of every decomposed attention.
+
+The compilers fuse the pattern into one kernel on 8-bit operands when each quantizer stands right in front of its
+product: queries scaled before they are quantized, keys transposed before, and the probabilities, which lie in [0, 1]
+whatever the data, with the constant scale 1/448 (E4M3) or 1/127 (INT8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from quantempo.errors import ScaleMissing
+from quantempo.export.fp8 import fp8_scale
+from quantempo.export.passes.edit import add_constant, insert_node, producer, sole_reader
+
+Format = Literal["fp8", "int8"]
+
+MARGIN = {"fp8": 2.0, "int8": 1.0}
+"""Factor on the calibrated abs-max: room that costs nothing in a floating-point format, and half a bit in INT8."""
+PROBABILITY = {"fp8": np.float32(1 / 448), "int8": np.float32(1 / 127)}
+"""Scale of the probabilities."""
+HEAD_SIZES = {"fp8": (9, 256), "int8": (9, 256)}
+LONGEST = {"fp8": 1 << 30, "int8": 512}
+"""Head sizes and sequence lengths for which the fused kernels exist and pay (docs/dialects.md)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One decomposed attention.
+
+    Args:
+        scores, mix: its two products.
+        probabilities: what the softmax gives.
+    """
+
+    scores: ir.Node
+    mix: ir.Node
+    probabilities: ir.Value
+
+    @property
+    def operands(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Queries, keys and values as the products read them."""
+        query, key, value = self.scores.inputs[0], self.scores.inputs[1], self.mix.inputs[1]
+        assert query is not None
+        assert key is not None
+        assert value is not None
+        return query, key, value
+
+
+def find_attention(model: ir.Model, kind: Format | None = None) -> tuple[Attention, ...]:
+    """Every `MatMul(Softmax(MatMul(q, k) [+ mask]), v)` on computed operands of rank 4, in graph order.
+
+    Args:
+        model: float or lowered graph.
+        kind: leave out those whose head size or length does not suit this format.
+    """
+    found = []
+    for node in model.graph:
+        if node.op_type != "Softmax":
+            continue
+        mix = sole_reader(node.outputs[0], "MatMul")
+        scores = producer(node.inputs[0], "MatMul")
+        masked = producer(node.inputs[0], "Add")
+        if scores is None and masked is not None:
+            scores = producer(masked.inputs[0], "MatMul") or producer(masked.inputs[1], "MatMul")
+        if mix is None or scores is None or mix.inputs[0] is not node.outputs[0]:
+            continue
+        attention = Attention(scores, mix, node.outputs[0])
+        computed = not any(value.is_initializer() for value in attention.operands)
+        if computed and (kind is None or _suits(attention, kind)):
+            found.append(attention)
+    return tuple(found)
+
+
+def _suits(attention: Attention, kind: Format) -> bool:
+    query, key, _ = attention.operands
+    if query.shape is None or key.shape is None or len(query.shape) != 4 or len(key.shape) != 4:
+        return False
+    size, length = query.shape[-1], key.shape[-1]
+    low, high = HEAD_SIZES[kind]
+    return isinstance(size, int) and low <= size <= high and (not isinstance(length, int) or length <= LONGEST[kind])
+
+
+def attention_tensors(model: ir.Model, kind: Format) -> tuple[str, ...]:
+    """The tensors whose abs-max `quantize_attention` needs, sorted."""
+    return tuple(sorted({str(v.name) for a in find_attention(model, kind) for v in a.operands}))
+
+
+def quantize_attention(model: ir.Model, ranges: Mapping[str, float], kind: Format) -> int:
+    """Put the quantizers in, in place.
+
+    Args:
+        model: a lowered graph, float32.
+        ranges: calibrated abs-max by value name.
+        kind: number format.
+
+    Returns:
+        How many attentions are quantized.
+
+    Raises:
+        ScaleMissing: an operand has no range.
+    """
+    found = find_attention(model, kind)
+    for attention in found:
+        for node, index, value in zip(
+            (attention.scores, attention.scores, attention.mix), (0, 1, 1), attention.operands, strict=True
+        ):
+            _put(model.graph, node, index, _scale(str(value.name), ranges, kind), kind)
+        _put(model.graph, attention.mix, 0, PROBABILITY[kind], kind)
+    return len(found)
+
+
+def _scale(name: str, ranges: Mapping[str, float], kind: Format) -> np.float32:
+    if name not in ranges:
+        raise ScaleMissing(
+            f"attention operand {name!r}", found="no calibrated range", wanted="its abs-max",
+            cause="the range scan was made for another graph", remedy="scan the ranges of this graph",
+        )
+    largest = MARGIN[kind] * ranges[name]
+    return np.float32(fp8_scale(np.float64(largest))) if kind == "fp8" else np.float32(max(largest / 127.0, 2.0**-14))
+
+
+def _put(graph: ir.Graph, node: ir.Node, index: int, scale: np.float32, kind: Format) -> None:
+    value = node.inputs[index]
+    assert value is not None
+    name = f"{value.name}.attention"
+    dtype = ml_dtypes.float8_e4m3fn if kind == "fp8" else np.int8
+    factor = add_constant(graph, np.asarray(scale), f"{name}.scale")
+    zero = add_constant(graph, np.zeros((), dtype), f"{name}.zero_point")
+    quantized = insert_node(node, "QuantizeLinear", [value, factor, zero]).outputs[0]
+    real = insert_node(node, "DequantizeLinear", [quantized, factor, zero]).outputs[0]
+    for made, suffix in ((quantized, "quantized"), (real, "dequantized")):
+        made.name, made.shape = f"{name}.{suffix}", value.shape
+        maker = made.producer()
+        assert maker is not None
+        maker.name = f"{made.name}/{maker.op_type}"
+    quantized.dtype, real.dtype = zero.dtype, ir.DataType.FLOAT
+    node.replace_input_with(index, real)

@@ -1,0 +1,18 @@
+"""Commands about engines and devices; `register` adds them to the command line."""
+
+from __future__ import annotations
+
+import typer
+
+from quantempo.commands.build import build_command
+from quantempo.commands.cache import cache_app
+from quantempo.commands.check import check
+from quantempo.commands.compare import compare
+
+
+def register(app: typer.Typer) -> None:
+    """Add `build`, `check`, `compare` and `cache`."""
+    app.command("build")(build_command)
+    app.command()(check)
+    app.command()(compare)
+    app.add_typer(cache_app, name="cache")

@@ -1,0 +1,185 @@
+"""`quantempo compile`, `plan` and `stages`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from quantempo.progress import Progress
+    from quantempo.recipe import Recipe
+
+
+class Log(str, Enum):
+    """How progress is written."""
+
+    text = "text"
+    json = "json"
+
+
+Model = Annotated[Path, typer.Argument(help="Pipeline directory, or denoiser directory with --scheduler.")]
+Scheduler = Annotated[Path | None, typer.Option(help="Scheduler directory.")]
+RecipeFiles = Annotated[
+    list[Path] | None, typer.Option("--recipe", help="YAML or JSON; repeatable, later files and flags win.")
+]
+Dtype = Annotated[str, typer.Option(help="int8, fp8 (simulated on a CPU), or float32 for a float bundle.")]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", help="Device to hold graphs for, see `quantempo targets`; repeatable.")
+]
+Attention = Annotated[str, typer.Option(help="auto, float or quantized products inside attention.")]
+Groups = Annotated[str, typer.Option(help="auto, single, uniform:G or optimal:G.")]
+RangeMethod = Annotated[str, typer.Option(help="How activation ranges are clipped.")]
+Guidance = Annotated[str, typer.Option(help="Guidance scales to calibrate on: 1.5,4 or 1.5..7.")]
+Steps = Annotated[str, typer.Option(help="Step counts to calibrate on, comma-separated.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples in all.")]
+Batch = Annotated[int, typer.Option(help="Calibration samples that run together.")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calib-set", help="Conditioning arrays (.npz), or labels (.txt, .json).")
+]
+CalibrationScheduler = Annotated[
+    list[str] | None, typer.Option("--calib-scheduler", help="Another scheduler to calibrate with; repeatable.")
+]
+Selection = Annotated[str, typer.Option(help="Calls to look at: all, uniform:F, normal:F or density:F.")]
+Keep = Annotated[list[str] | None, typer.Option(help="Module-path pattern to keep in float; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="The same as --keep.")]
+Bits = Annotated[int, typer.Option(help="8, or fewer (simulated).")]
+WeightMethod = Annotated[str, typer.Option(help="gptq, mse or minmax rounding of weights.")]
+MaxSteps = Annotated[int, typer.Option(help="Programs for 1 to this many steps go into the bundle.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration noise.")]
+Threads = Annotated[int, typer.Option("--threads", help="Engine threads; 0 lets the engine choose.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Folder for results of stages, which later compiles reuse; default: user cache.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+LogFormat = Annotated[Log, typer.Option("--log", help="Progress as text or as JSON lines, on standard error.")]
+
+
+def compile_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle goes.")],
+    scheduler: Scheduler = None,
+    recipe: RecipeFiles = None,
+    dtype: Dtype = "",
+    target: Targets = None,
+    attention: Attention = "",
+    groups: Groups = "",
+    range_method: RangeMethod = "",
+    guidance: Guidance = "",
+    steps: Steps = "",
+    samples: Samples = 0,
+    batch: Batch = 0,
+    calib_set: CalibrationFile = None,
+    calib_scheduler: CalibrationScheduler = None,
+    selection: Selection = "",
+    keep: Keep = None,
+    exclude: Exclude = None,
+    activation_bits: Bits = 0,
+    weight_method: WeightMethod = "",
+    max_steps: MaxSteps = 0,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json to follow instead of the default plan.")] = None,
+    seed: Seed = -1,
+    reference: Annotated[bool | None, typer.Option(help="Write the float twin beside the bundle.")] = None,
+    threads: Threads = 0,
+    work: Work = None,
+    guard: Annotated[
+        str | None, typer.Option(help="Latency guard: off, record (default), or revert what loses to float.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    quiet: Quiet = False,
+    log: LogFormat = Log.text,
+) -> None:
+    """Compile MODEL to a quantized bundle."""
+    from quantempo.pipeline import compile_model
+
+    chosen = _recipe(
+        recipe, precision=dtype, targets=target, attention=attention, groups=groups, range_method=range_method, guidance=_guidance(guidance),
+        steps=_steps(steps), samples=samples, batch=batch, calibration=calib_set, schedulers=calib_scheduler,
+        selection=selection, keep=keep, exclude=exclude, activation_bits=activation_bits, weight_method=weight_method,
+        max_steps=max_steps, seed=None if seed < 0 else seed, reference=reference, threads=threads,
+    )
+    summary = compile_model(
+        model, out, chosen, scheduler=scheduler, plan_file=plan, work=work, guard=guard, overwrite=overwrite,
+        progress=_progress(quiet, log),
+    )
+    typer.echo(summary.text())
+
+
+def plan_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the plan goes.")] = Path("plan.json"),
+    scheduler: Scheduler = None,
+    recipe: RecipeFiles = None,
+    guidance: Guidance = "",
+    steps: Steps = "",
+    samples: Samples = 0,
+    batch: Batch = 0,
+    calib_set: CalibrationFile = None,
+    keep: Keep = None,
+    exclude: Exclude = None,
+    activation_bits: Bits = 0,
+    weight_method: WeightMethod = "",
+    max_steps: MaxSteps = 0,
+    threads: Threads = 0,
+    work: Work = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
+    quiet: Quiet = False,
+    log: LogFormat = Log.text,
+) -> None:
+    """Write what a compile of MODEL would quantize and cost; edit it, then `compile --plan`."""
+    from quantempo.planning import write_plan
+
+    chosen = _recipe(
+        recipe, guidance=_guidance(guidance), steps=_steps(steps), samples=samples, batch=batch,
+        calibration=calib_set, keep=keep, exclude=exclude, activation_bits=activation_bits, weight_method=weight_method, max_steps=max_steps,
+        threads=threads,
+    )
+    made = write_plan(
+        model, out, chosen, scheduler=scheduler, work=work, overwrite=overwrite, progress=_progress(quiet, log)
+    )
+    typer.echo(made.text())
+
+
+def stages_command(
+    work: Work = None,
+    keep: Annotated[float | None, typer.Option(help="Remove the oldest until this many gigabytes are left.")] = None,
+) -> None:
+    """List results of stages that later compiles reuse; with --keep remove what was not used for longest."""
+    from quantempo.stages.listing import list_stages
+
+    typer.echo(list_stages(work, keep))
+
+
+def _recipe(files: list[Path] | None, **given: Any) -> Recipe:
+    """The recipe of files and flags; a flag that was not given is empty, 0 or `None`."""
+    from quantempo.recipe_file import read_recipe
+
+    flags = {
+        name: tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if value is False or (value == 0 and name == "seed") or value
+    }
+    return read_recipe(files or [], {name: value for name, value in flags.items() if value is not None})
+
+
+def _guidance(text: str) -> tuple[float, ...]:
+    from quantempo.calib.trajectories import guidance_range
+
+    return guidance_range(text) if text else ()
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a comma-separated list of whole numbers", param_hint="--steps"
+        ) from error
+
+
+def _progress(quiet: bool, log: Log) -> Progress:
+    from quantempo.progress import console_progress
+
+    return console_progress(quiet, "json" if log is Log.json else "text")

@@ -1,0 +1,96 @@
+"""Recipes as files: YAML or JSON, with the fields of `Recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantempo.calib.trajectories import guidance_range
+from quantempo.contracts.codec import from_data, parse_json, to_data
+from quantempo.errors import DataError, MissingExtra
+from quantempo.recipe import Recipe
+
+LISTS = ("rules",)
+"""Fields whose entries add up over several files; of any other field the last one counts."""
+PATHS = ("schedulers", "calibration")
+"""Fields with file paths, which count from the recipe's own folder."""
+
+
+def read_recipe(files: Sequence[Path], changes: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that files and further settings describe together: the later ones win.
+
+    Args:
+        files: YAML (`.yaml`, `.yml`) or JSON; a field of a later file replaces that of an earlier one, its rules are
+            added after the earlier rules.
+        changes: fields by name, which win over all files.
+
+    Raises:
+        UnknownKey: a field that `Recipe` does not have; the nearest is named.
+        DataError: not a recipe, or a value of another type.
+        PlanError, RequestError: a value that means nothing.
+    """
+    merged: dict[str, Any] = {}
+    where = "recipe"
+    for file in files:
+        data = _load(file)
+        from_data(Recipe, data, str(file))  # errors name this file
+        for name, value in data.items():
+            merged[name] = [*merged.get(name, []), *value] if name in LISTS else value
+        where = str(file)
+    merged.update(to_data(dict(changes or {})))
+    return from_data(Recipe, merged, where)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise _unreadable(file, "no such file")
+    data = parse_json(file.read_bytes(), str(file)) if file.suffix == ".json" else _yaml(file)
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise _unreadable(file, f"{type(data).__name__} at its top")
+    for name in PATHS:
+        if name in data:
+            data[name] = _beside(file, data[name])
+    if isinstance(data.get("guidance"), str):
+        data["guidance"] = list(guidance_range(data["guidance"]))
+    return data
+
+
+def _beside(file: Path, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_beside(file, item) for item in value]
+    return str(file.parent / value) if isinstance(value, str) and value else value
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtra(f"recipe {file}", package="PyYAML", extra="compile") from error
+    try:
+        tree = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        _refuse_duplicates(file, tree)
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise _unreadable(file, f"text that is not YAML ({' '.join(str(error).split())})") from error
+
+
+def _refuse_duplicates(file: Path, node: Any) -> None:
+    """YAML parsers take the last of two equal keys without a word."""
+    seen = set()
+    for key, value in node.value if getattr(node, "id", "") == "mapping" else ():
+        if key.value in seen:
+            raise _unreadable(file, f"the key {key.value!r} twice (line {key.start_mark.line + 1})")
+        seen.add(key.value)
+        _refuse_duplicates(file, value)
+    for item in node.value if getattr(node, "id", "") == "sequence" else ():
+        _refuse_duplicates(file, item)
+
+
+def _unreadable(file: Path, found: str) -> DataError:
+    return DataError(
+        f"recipe {file}", found=found, wanted="a YAML or JSON file with the fields of a recipe, such as `samples: 64`",
+        cause="a slip while it was written, or another file", remedy="see docs/recipe.md for the fields",
+    )

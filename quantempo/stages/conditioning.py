@@ -1,0 +1,162 @@
+"""What calibration is conditioned on: arrays or labels, from the caller or from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantempo.contracts.codec import digest, parse_json
+from quantempo.contracts.manifest import ArrayInput, Denoiser
+from quantempo.errors import RequestError, nearest
+from quantempo.recipe import Recipe
+
+Arrays = Mapping[str, NDArray[Any]]
+KINDS = (".npz", ".txt", ".json")
+
+
+def resolve(recipe: Recipe, denoiser: Denoiser, arrays: Arrays) -> tuple[Recipe, Arrays]:
+    """The recipe with the labels, and the arrays, that its calibration file holds; both checked.
+
+    Raises:
+        RequestError: the file, an array or a label is not what the model takes.
+    """
+    if recipe.calibration:
+        path = Path(recipe.calibration)
+        where = f"calibration set {path}"
+        if arrays:
+            raise _refuse(where, "arrays beside it", "one source of conditioning", "leave one of them out")
+        if path.suffix not in KINDS or not path.is_file():
+            found = "no such file" if path.suffix in KINDS else f"a file of type {path.suffix or 'none'}"
+            raise _refuse(where, found, "a file of type " + " or ".join(KINDS), "see docs/recipe.md for the formats")
+        if path.suffix == ".npz":
+            arrays, labels = _read_arrays(path), recipe.classes
+        else:
+            labels = _read_labels(path, denoiser)
+        # A bundle's recipe names no path of this machine.
+        recipe = dataclasses.replace(recipe, classes=labels, calibration="")
+        check_arrays(denoiser, arrays, where)
+    else:
+        check_arrays(denoiser, arrays)
+    return recipe, arrays
+
+
+def _read_arrays(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise _refuse(
+            f"calibration set {path}", f"a file that numpy cannot read ({error})", "arrays of numbers",
+            "write it again with np.savez, without Python objects",
+        ) from error
+
+
+def _read_labels(path: Path, denoiser: Denoiser) -> tuple[int, ...]:
+    where = f"calibration set {path}"
+    if not denoiser.classes:
+        wanted = ", ".join(array.name for array in denoiser.arrays) or "no conditioning"
+        raise _refuse(
+            where, "labels", f"what this model takes: {wanted}",
+            "write the arrays to a .npz file" if denoiser.arrays else "leave the file out",
+        )
+    if path.suffix == ".json":
+        listed = parse_json(path.read_bytes(), where)
+        if not isinstance(listed, list):
+            raise _refuse(where, f"JSON of type {type(listed).__name__}", "a list of labels or names", "write a list")
+    else:
+        listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not listed:
+        raise _refuse(where, "no label", "at least one", "write one label or class name per line")
+    (classes,) = denoiser.classes[:1]
+    numbers = {name: int(label) for label, name in classes.names.items()}
+    return tuple(_label(f"{where}, entry {i + 1}", item, numbers, classes.count) for i, item in enumerate(listed))
+
+
+def _label(where: str, word: Any, numbers: Mapping[str, int], count: int) -> int:
+    if isinstance(word, str) and word in numbers:
+        return numbers[word]
+    if isinstance(word, int) or (isinstance(word, str) and word.isdecimal()):
+        if 0 <= int(word) < count:
+            return int(word)
+        raise _refuse(where, str(word), f"0 to {count - 1}", "the model has no such class; choose another label")
+    raise _refuse(where, repr(word), f"a class name or 0 to {count - 1}", nearest(str(word), numbers))
+
+
+def check_arrays(denoiser: Denoiser, arrays: Arrays, where: str = "calibration") -> None:
+    """Refuse conditioning arrays that the model does not take, each for its own reason.
+
+    Raises:
+        RequestError: a name too many or missing, another shape or type, no row, values that are not finite, or
+            different numbers of rows.
+    """
+    wanted = {
+        name: array
+        for array in denoiser.arrays
+        for name in (array.name, *([f"negative_{array.name}"] if array.guided else []))
+    }
+    for name in arrays:
+        if name not in wanted:
+            known = "only " + ", ".join(wanted) if wanted else "none: this model takes no arrays"
+            raise _refuse(
+                f"{where}, array {name!r}", "a name that the model does not have", known,
+                nearest(name, wanted) if wanted else "leave the arrays out",
+            )
+    for name, spec in wanted.items():
+        if name not in arrays:
+            raise RequestError(
+                f"{where}, input {name!r}", found="no array",
+                wanted=f"{spec.dtype} of shape (samples, {', '.join(map(str, spec.shape))})",
+                cause="this denoiser takes conditioning that quantempo cannot make up",
+                remedy="pass --calib-set FILE.npz with an array of this name",
+            )
+        _check_array(f"{where}, array {name!r}", arrays[name], spec)
+    rows = {name: len(arrays[name]) for name in wanted}
+    if len(set(rows.values())) > 1:
+        raise _refuse(
+            where, "arrays of " + ", ".join(f"{n} rows ({name})" for name, n in rows.items()), "as many rows in each",
+            "give every sample a row in every array",
+        )
+
+
+def _check_array(where: str, array: NDArray[Any], spec: ArrayInput) -> None:
+    shape = f"(samples, {', '.join(map(str, spec.shape))})"
+    fits = array.ndim == len(spec.shape) + 1 and all(
+        isinstance(d, str) or d == n for d, n in zip(spec.shape, array.shape[1:], strict=True)
+    )
+    if not fits:
+        remedy = "encode the prompts as the model's pipeline does"
+        raise _refuse(where, f"shape {array.shape}", f"shape {shape}", remedy)
+    if str(array.dtype) != spec.dtype:
+        raise _refuse(where, f"type {array.dtype}", spec.dtype, f"convert it with .astype({spec.dtype!r})")
+    if not len(array):
+        raise _refuse(where, "no row", "at least one sample", "the set is empty; add samples")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise _refuse(where, "NaN or infinity", "finite values", "look at how the array was made")
+
+
+def arrays_digest(arrays: Arrays) -> Mapping[str, str]:
+    """Type, shape and SHA-256 of each array."""
+    return {
+        name: f"{a.dtype} {a.shape} {digest(np.ascontiguousarray(a).tobytes())}" for name, a in sorted(arrays.items())
+    }
+
+
+def deal_labels(denoiser: Denoiser, recipe: Recipe) -> tuple[int, ...]:
+    """A class for each sample: the recipe's, or those that have names, dealt out in a fixed shuffled order."""
+    classes: Sequence[int] = recipe.classes
+    if not classes and denoiser.classes:
+        classes = sorted(int(label) for label in denoiser.classes[0].names)
+    if not classes:
+        return ()
+    order = np.random.Generator(np.random.Philox(recipe.seed)).permutation(recipe.samples)
+    return tuple(classes[int(i) % len(classes)] for i in order)
+
+
+def _refuse(where: str, found: str, wanted: str, remedy: str) -> RequestError:
+    return RequestError(where, found=found, wanted=wanted, cause="the file was made for another model", remedy=remedy)

@@ -1,0 +1,157 @@
+"""Which graphs a bundle holds, and how each is made.
+
+A graph is named `VARIANT.DIALECT-TYPE`: the dialect says how quantization is written, the type what is not quantized
+(docs/dialects.md).  All graphs of a bundle share one plan, one scale table and one set of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from quantempo.contracts.plan import QuantPlan
+from quantempo.contracts.table import ScaleTable
+from quantempo.engines.targets import FloatType, Target, require_format, target
+from quantempo.errors import PlanError
+from quantempo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quantempo.export.graph_files import Graph
+    from quantempo.export.weights import QuantizedWeight
+
+Attention = Literal["auto", "float", "quantized"]
+
+SHORT: dict[FloatType, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+FLOAT_TYPES: dict[str, FloatType] = {short: kind for kind, short in SHORT.items()}
+BASE = {"int8": ("ort-f32", "portable-f32"), "fp8": ("fp8-f32",)}
+"""Graphs that every bundle of a precision has: what runs, or is simulated, on a CPU."""
+_DIALECTS = {"int8": ("ort", "portable"), "fp8": ("fp8",)}
+
+
+@dataclass(frozen=True)
+class GraphChoice:
+    """What to write.
+
+    Args:
+        names: `DIALECT-TYPE`, sorted, each once.
+        attention: whether attention is quantized; `auto` for FP8 alone (docs/dialects.md).
+        old_parser: rewrite what TensorRT before 10.9 cannot read.
+        ranges: calibrated abs-max of the float graph's values, for float16 and quantized attention.
+    """
+
+    names: tuple[str, ...]
+    attention: Attention = "auto"
+    old_parser: bool = False
+    ranges: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether a range scan is needed."""
+        return any(name.endswith("-f16") or quantizes_attention(name, self.attention) for name in self.names)
+
+
+def chosen_graphs(recipe: Recipe) -> GraphChoice:
+    """The graphs that a recipe asks for.
+
+    Raises:
+        RequestError: an unknown target.
+        PlanError: a target has no kernels for the recipe's precision.
+    """
+    if recipe.precision == "float32":
+        return GraphChoice(())
+    profiles = [target(name) for name in recipe.targets]
+    names = {*BASE[recipe.precision], *(_best_graph(profile, recipe.precision) for profile in profiles)}
+    old = any(bad.rule == "group-norm" for profile in profiles for bad in profile.known_bad)
+    return GraphChoice(tuple(sorted(names)), recipe.attention, old)
+
+
+def _best_graph(profile: Target, precision: Literal["int8", "fp8"]) -> str:
+    require_format(profile, precision)
+    found = [pair for pair in profile.graphs if pair[0] in _DIALECTS[precision]]
+    if not found:
+        raise PlanError(
+            f"target {profile.name!r}", found=f"no graph of precision {precision}",
+            wanted=f"one of {', '.join(f'{d}-{SHORT[t]}' for d, t in profile.graphs)}",
+            cause="the target reads other dialects", remedy="choose another precision",
+        )
+    dialect, kind = found[0]
+    return f"{dialect}-{SHORT[kind]}"
+
+
+def split_name(name: str) -> tuple[str, FloatType]:
+    """Dialect and float type of `DIALECT-TYPE`; a bare dialect is float32."""
+    dialect, _, short = name.partition("-")
+    return dialect, FLOAT_TYPES[short or "f32"]
+
+
+def quantizes_attention(name: str, attention: Attention) -> bool:
+    """Whether the attention of a graph is quantized: on request in `portable`, by default in `fp8`."""
+    dialect = split_name(name)[0]
+    return (dialect == "fp8" and attention != "float") or (dialect == "portable" and attention == "quantized")
+
+
+def scanned_tensors(graph: Graph, choice: GraphChoice) -> tuple[str, ...]:
+    """The values whose abs-max the chosen graphs need, in graph order."""
+    import onnx_ir as ir
+
+    from quantempo.export.quantize_attention import attention_tensors
+
+    if any(name.endswith("-f16") for name in choice.names):
+        made = (value for node in graph.graph for value in node.outputs)
+        return tuple(str(v.name) for v in made if v.dtype == ir.DataType.FLOAT and not v.is_graph_output())
+    if not choice.needs_ranges:
+        return ()
+    return tuple(sorted({*attention_tensors(graph, "fp8"), *attention_tensors(graph, "int8")}))
+
+
+def lower_graphs(
+    graph: Graph,
+    plan: QuantPlan,
+    table: ScaleTable,
+    weights: Mapping[str, QuantizedWeight],
+    graphs: GraphChoice | Iterable[str],
+    variant: str = "full",
+) -> dict[str, Graph]:
+    """Quantized graphs by name, all with the same weights.
+
+    Args:
+        graph: float graph in normal form; it is left as it is.
+        plan: what to quantize.
+        table: scales of exactly the plan's tensors.
+        weights: of the plan's sites, INT8 or E4M3 as the dialects need.
+        graphs: names, or names with what else matters.
+        variant: what the graphs are variants of.
+
+    Raises:
+        PlanError, NoSites, ScaleMissing: see the lowerings.
+    """
+    choice = graphs if isinstance(graphs, GraphChoice) else GraphChoice(tuple(graphs), "float")
+    found = {}
+    for name in choice.names:
+        dialect, kind = split_name(name)
+        found[f"{variant}.{dialect}-{SHORT[kind]}"] = _lower(graph, plan, table, weights, choice, name)
+    return found
+
+
+def _lower(
+    graph: Graph, plan: QuantPlan, table: ScaleTable, weights: Mapping[str, QuantizedWeight], choice: GraphChoice,
+    name: str,
+) -> Graph:
+    from quantempo.export.float_types import to_half
+    from quantempo.export.lower_fp8 import lower_fp8
+    from quantempo.export.lower_ort import lower_ort
+    from quantempo.export.lower_portable import lower_portable
+    from quantempo.export.passes import GroupNormToInstanceNorm
+    from quantempo.export.quantize_attention import quantize_attention
+
+    lowerings = {"ort": lower_ort, "portable": lower_portable, "fp8": lower_fp8}
+    dialect, kind = split_name(name)
+    lowered = lowerings[dialect](graph, plan, table, weights)
+    if quantizes_attention(name, choice.attention):
+        quantize_attention(lowered, choice.ranges, "fp8" if dialect == "fp8" else "int8")
+    if choice.old_parser and dialect == "portable":
+        GroupNormToInstanceNorm().apply(lowered)
+    if kind != "float32":
+        to_half(lowered, kind, choice.ranges)
+    return lowered

@@ -1,0 +1,74 @@
+"""An engine that is watched by a teacher: the float model evaluates every call on the same inputs.
+
+The two graphs share their input buffers, so nothing is copied, and the trajectory is the student's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantempo.contracts.engine import Array, Binding, Buffer, Engine
+from quantempo.contracts.tensors import TensorSpec
+
+TEACHER = "teacher."
+"""Prefix of the teacher's outputs."""
+GIVEN = "given."
+"""Prefix of the cached features that a reusing student was given, as outputs."""
+
+
+class TaughtBinding:
+    """The student's binding; the teacher runs after it."""
+
+    def __init__(self, student: Binding, teacher: Binding, reads: tuple[str, ...]) -> None:
+        self._student, self._teacher = student, teacher
+        self.inputs: Mapping[str, Buffer] = student.inputs
+        self.outputs: Mapping[str, Buffer] = {
+            **student.outputs, **{TEACHER + name: buffer for name, buffer in teacher.outputs.items()},
+            **{GIVEN + name: student.inputs[name] for name in reads},
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Evaluate both."""
+        self._student.run()
+        self._teacher.run()
+
+
+class TaughtEngine:
+    """A student's engine whose outputs hold the teacher's as well.
+
+    Args:
+        student: what drives the trajectory.
+        teacher: takes a part of the student's inputs.
+        reads: the cached features that the student reads.
+    """
+
+    def __init__(self, student: Engine, teacher: Engine, reads: tuple[str, ...] = ()) -> None:
+        self._student, self._teacher, self._reads = student, teacher, reads
+        self.name = f"{student.name}, watched by {teacher.name}"
+        self.host = student.host and teacher.host
+        self.inputs: Mapping[str, TensorSpec] = student.inputs
+        self.outputs: Mapping[str, TensorSpec] = {
+            **student.outputs, **{TEACHER + name: spec for name, spec in teacher.outputs.items()},
+            **{GIVEN + name: student.inputs[name] for name in reads},
+        }  # fmt: skip
+
+    def bind(self, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None = None) -> Binding:
+        """See `quantempo.contracts.engine.Engine.bind`."""
+        student = self._student.bind(sizes, share)
+        taken = {d for spec in self._teacher.inputs.values() for d in spec.shape if isinstance(d, str)}
+        teacher = self._teacher.bind(
+            {name: size for name, size in sizes.items() if name in taken},
+            {name: student.inputs[name] for name in self._teacher.inputs},
+        )
+        return TaughtBinding(student, teacher, self._reads)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The student's outputs and the teacher's, on host arrays."""
+        taught = self._teacher.run({name: feeds[name] for name in self._teacher.inputs})
+        return {
+            **self._student.run(feeds), **{TEACHER + name: values for name, values in taught.items()},
+            **{GIVEN + name: feeds[name] for name in self._reads},
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing: whoever opened the two engines closes them."""

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quantempo.calib.cache.tap import SMALLEST, allocate, embedding, mean_cosine, select, similarity
+from quantempo.errors import RequestError
+
+Floats = NDArray[np.float64]
+
+
+def _modes(sizes: list[int], seed: int = 0) -> tuple[Floats, NDArray[np.int64], Floats]:
+    """Samples in a few tight groups of very different sizes, each at a step of its own."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((len(sizes), 32))
+    label = np.repeat(np.arange(len(sizes)), sizes)
+    return centres[label] + 0.1 * rng.standard_normal((len(label), 32)), label, label.astype(np.float64)
+
+
+def test_similarity_by_hand() -> None:
+    features = np.array([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    found = similarity(features, np.array([0.0, 1.0, 0.0]), np.array([0]), alpha=0.5)
+    np.testing.assert_allclose(found[:, 0], [1.0, 0.5 * np.exp(-1.0), SMALLEST], atol=1e-9)
+
+
+def test_embedding_is_that_of_the_normalised_matrix() -> None:
+    a = np.random.default_rng(0).uniform(0.1, 1, (7, 4))
+    normal = np.diag(a.sum(1) ** -0.5) @ a @ np.diag(a.sum(0) ** -0.5)
+    left = embedding(a, 4)
+    values = normal.T @ left
+    np.testing.assert_allclose(left @ values.T, normal, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(values, axis=0), np.linalg.svd(normal)[1], atol=1e-12)
+
+
+def test_selection_is_deterministic_and_distinct() -> None:
+    features, _, steps = _modes([60, 30, 10])
+    first = select(features, steps, 20, seed=3, k=4)
+    np.testing.assert_array_equal(first, select(features, steps, 20, seed=3, k=4))
+    assert len(set(first.tolist())) == 20
+    assert np.all(np.diff(first) > 0)
+    assert not np.array_equal(first, select(features, steps, 20, seed=4, k=4))
+
+
+def test_rare_samples_are_drawn_more_often_than_by_chance() -> None:
+    features, label, steps = _modes([300, 60, 20, 10])
+    chosen = label[select(features, steps, 40, k=4)]
+    rare = np.mean(chosen >= 2)
+    assert rare > 2 * (30 / 390)
+    assert len(np.unique(chosen)) == 4
+
+
+def test_selected_samples_are_less_alike_than_a_uniform_draw() -> None:
+    features, _, steps = _modes([300, 60, 20, 10])
+    rng = np.random.default_rng(0)
+    uniform = np.mean([mean_cosine(features[rng.choice(390, 40, replace=False)]) for _ in range(20)])
+    assert mean_cosine(features[select(features, steps, 40, k=8)]) < uniform
+
+
+def test_all_samples_may_be_selected() -> None:
+    features, _, steps = _modes([6, 4])
+    np.testing.assert_array_equal(select(features, steps, 10), np.arange(10))
+
+
+def test_mean_cosine_is_over_pairs_of_different_samples() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 7))
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    pairs = [unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
+    assert mean_cosine(x) == pytest.approx(np.mean(pairs))
+
+
+def test_bad_selections_are_refused() -> None:
+    features, _, steps = _modes([6, 4])
+    with pytest.raises(RequestError, match="11 of 10"):
+        select(features, steps, 11)
+    with pytest.raises(RequestError, match="alpha 2"):
+        select(features, steps, 5, alpha=2)
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 1024])
+def test_allocated_numbers_add_up(count: int) -> None:
+    features = np.random.default_rng(count).standard_normal((13, 20))
+    numbers = allocate(features, count)
+    assert sum(numbers) == count
+    assert min(numbers) >= 0
+    assert sum(allocate(np.ones((5, 4)), count)) == count
+
+
+def test_density_and_diversity_pull_apart() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(50)
+    crowd = base + 0.01 * rng.standard_normal((8, 50))
+    features = np.concatenate([crowd, rng.standard_normal((2, 50))])
+    dense = allocate(features, 100, radius=0.1, weight=0.0)
+    assert min(dense[:8]) > max(dense[8:])
+    diverse = allocate(features, 100, radius=0.1, weight=100.0)
+    assert min(diverse[8:]) > max(diverse[:8])
+    with pytest.raises(RequestError, match="0 samples"):
+        allocate(features, 0)
