@@ -27,6 +27,7 @@ test-full: lint
 	$(PY) benchmarks/quality.py --json docs/quality.json
 	$(PY) benchmarks/int8_speed.py --json docs/speed.json
 	$(PY) benchmarks/loop_overhead.py --json docs/loop_overhead.json
+	$(PY) benchmarks/rtx_builds.py --json docs/tensorrt.json --check
 	$(PY) tools/benchmark_page.py
 
 clean:

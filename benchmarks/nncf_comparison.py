@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["time", "fidelity"], default=["time", "fidelity"])
     parser.add_argument("--demos", nargs="+", choices=["dit", "unet"], default=["dit", "unet"])
     parser.add_argument("--samples", type=int, default=100, help="held-out seeds")
-    parser.add_argument("--rows", type=int, default=1000, help="rows of calibration calls for NNCF (its default is 300)")
+    parser.add_argument("--rows", type=int, default=1000, help="calibration rows for NNCF, whose default is 300")
     parser.add_argument("--threads", type=int, default=0, help="while calibrating and sampling")
     options = parser.parse_args()
     report = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}

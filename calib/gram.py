@@ -56,6 +56,13 @@ class GramCollector:
             known = self._sums.get((name, key))
             self._sums[name, key] = sums if known is None else known + sums
 
+    def add(self, other: GramCollector) -> None:
+        """Add what another collector of the same tensors saw."""
+        for name, square in other._squares.items():
+            self._squares[name] = self._squares[name] + square if name in self._squares else square
+        for key, sums in other._sums.items():
+            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+
     def matrices(self, centres: ScaleTable | None = None) -> Mapping[str, NDArray[np.float64]]:
         """The sums by tensor, each worked out when it is asked for; tensors that were left out are not in it.
 

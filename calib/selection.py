@@ -1,8 +1,8 @@
 """Which calls of the trajectories calibration looks at.
 
-All trajectories are run whole, since a call needs the state that the calls before it left.  A *visit* is one call of one
-batch; a selection is the set of visits whose tensors are observed.  Methods that share a budget (a share of all visits)
-differ in how they spread it over the timesteps:
+All trajectories are run whole, since a call needs the state that the calls before it left.  A *visit* is one call of
+one batch; a selection is the set of visits whose tensors are observed.  Methods that share a budget (a share of all
+visits) differ in how they spread it over the timesteps:
 
 | word | visits |
 | --- | --- |
@@ -66,10 +66,11 @@ def parse_selection(words: str) -> tuple[str, float]:
     except ValueError:
         value = 0.0
     if name not in METHODS or not 0 < value <= 1 or (name not in BUDGETED) != (not share):
+        known, example = name in METHODS, f"{name}:0.25" if name in BUDGETED else name
         raise RequestError(
             "selection", found=repr(words), wanted=", ".join(f"{n}:F" if n in BUDGETED else n for n in METHODS),
-            cause="a misspelling" if name not in METHODS else "F is a share of the calls, above 0 and at most 1",
-            remedy=nearest(name, METHODS) if name not in METHODS else f"write {name}:0.25" if name in BUDGETED else name,
+            cause="F is a share of the calls, above 0 and at most 1" if known else "a misspelling",
+            remedy=f"write {example}" if known else nearest(name, METHODS),
         )
     return name, value
 
@@ -92,11 +93,18 @@ def select(words: str, visits: Sequence[Visit], *, seed: int = 0, features: Feat
     budget = max(1, round(share * len(visits)))
     chosen = set(METHODS[name](visits, budget, np.random.Generator(np.random.Philox(seed)), features or {}))
     for batch in sorted({visit.batch for visit in visits} - {visit.batch for visit in chosen}):
-        # The first call of its own, or the one nearest to those that were chosen.
-        keys = np.array([visit.key for visit in chosen])
+        # In exchange for a visit of the batch that has most, of the same timestep where there is one.
+        most = max(_by(sorted(chosen, key=_place), lambda visit: visit.batch).values(), key=len)
         own = [visit for visit in visits if visit.batch == batch]
-        chosen.add(min(own, key=lambda visit: (np.abs(keys - visit.key).min(), visit.call)))
+        given = next((v for v in most if v.key in {visit.key for visit in own}), most[0])
+        chosen.add(min(own, key=lambda visit: (abs(given.key - visit.key), visit.call)))
+        if len(most) > 1:
+            chosen.remove(given)
     return frozenset((visit.batch, visit.call) for visit in chosen)
+
+
+def _place(visit: Visit) -> tuple[int, int]:
+    return visit.batch, visit.call
 
 
 def needs_features(words: str) -> bool:

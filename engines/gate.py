@@ -241,7 +241,7 @@ def check_ort(
     integer = [node for node in optimized.nodes if node.op_type in _ORT_PRODUCTS]
     for node in optimized.nodes:
         if node.op_type in _FLOAT_PRODUCTS and _reads_quantized(optimized, node, weight_only):
-            breaches.append(Breach(node.where, f"{node.op_type} in float on dequantized operands"))
+            breaches.append(Breach(node.where, f"{node.op_type} on dequantized operands"))
     if len(integer) < len(sites):
         missing = len(sites) - len(integer)
         breaches.append(Breach("optimized graph", f"{len(integer)} integer products; {missing} sites run in float"))
@@ -268,7 +268,7 @@ def check_openvino(
         weight_only: see `intended_sites`.
     """
     sites = intended_sites(graph, weight_only)
-    # A computed scale costs time there, but the product still runs on integers: the executed types decide.
+    # With a computed scale some graphs keep integer products and some do not: the executed types decide.
     breaches = [b for b in check_structure(graph, target) if "computed scale" not in b.found]
     names = [site.name or site.outputs[0] for site in sites]
     # OpenVINO names a fused layer after its parts, with suffixes such as `/DequantizationMultiply`.

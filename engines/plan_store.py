@@ -72,8 +72,9 @@ def pack(plan: bytes, sources: Mapping[str, Bytes]) -> bytes:
         "runs": np.frombuffer(zlib.compress(np.array(runs, "<i8").tobytes(), 9), np.uint8),
         "rest": np.frombuffer(zlib.compress(data[kept].tobytes(), 6), np.uint8),
     }
-    head = {"files": json.dumps(names), "sha256": digest(plan), "size": str(len(plan))}
-    return save(tensors, head)
+    # One entry: the format's writer keeps several in no fixed order.
+    head = {"files": names, "sha256": digest(plan), "size": len(plan)}
+    return save(tensors, {"plan": json.dumps(head, sort_keys=True)})
 
 
 def unpack(packed: bytes, sources: Mapping[str, Bytes], where: str = "packed plan") -> bytes:
@@ -85,8 +86,9 @@ def unpack(packed: bytes, sources: Mapping[str, Bytes], where: str = "packed pla
     """
     try:
         tensors = load(packed)
-        head = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])["__metadata__"]
-        names, size = json.loads(head["files"]), int(head["size"])
+        metadata = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])["__metadata__"]
+        head = json.loads(metadata["plan"])
+        names, size = head["files"], head["size"]
         runs = np.frombuffer(zlib.decompress(tensors["runs"].tobytes()), "<i8").reshape(-1, 4)
         rest = np.frombuffer(zlib.decompress(tensors["rest"].tobytes()), np.uint8)
     except (SafetensorError, KeyError, ValueError, zlib.error) as error:

@@ -30,7 +30,7 @@ class Backend:
     module: str
     package: str | None = None
     extra: str = ""
-    dialects: tuple[str, ...] = ("ort", "portable", "float")
+    dialects: tuple[str, ...] = ("ort", "portable", "fp8", "float")
     compiles: bool = False
     opener: str = "open_engine"
 
@@ -42,7 +42,9 @@ class Backend:
 
 _BACKENDS = {
     "echo": Backend("quantempo.engines.echo"),
-    "openvino": Backend("quantempo.engines.openvino", "openvino", "openvino", ("portable", "float"), compiles=True),
+    "openvino": Backend(
+        "quantempo.engines.openvino", "openvino", "openvino", ("portable", "fp8", "float"), compiles=True
+    ),
     "ort": Backend("quantempo.engines.ort", "onnxruntime", "cpu", compiles=True),
     "tensorrt": Backend("quantempo.engines.tensorrt", "tensorrt", "tensorrt", ("fp8", "portable", "float")),
     "tensorrt-rtx": Backend(

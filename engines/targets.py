@@ -197,10 +197,18 @@ _TARGETS = {
         _gpu("ada", "L4, L40, RTX 6000 Ada", "8.9", _FP8),
         _gpu("hopper", "H100, H200", "9.0", _FP8),
         _gpu("blackwell", "B100, B200", "10.0", _BLACKWELL),
-        _gpu("rtx-turing", "GeForce RTX 20", "7.5", _TURING, _NO_FP8, rtx=True),
+        replace(
+            _gpu("rtx-turing", "GeForce RTX 20", "7.5", _TURING, _NO_FP8, rtx=True),
+            graphs=(("portable", "float16"),), notes=(
+                "float32 products do not build for Turing: float16 alone.",
+                "Quantized convolutions compute in half (TensorRT for RTX 1.7.1): keep them in float.",
+            ),
+        ),
+        _gpu("rtx-a100", "A100, A30 with TensorRT for RTX", "8.0", _AMPERE, _NO_FP8, rtx=True),
         _gpu("rtx-ampere", "GeForce RTX 30", "8.6", _AMPERE, _NO_FP8, rtx=True),
         _gpu("rtx-ada", "GeForce RTX 40", "8.9", _FP8, rtx=True),
         _gpu("rtx-blackwell", "GeForce RTX 50", "12.0", _BLACKWELL, rtx=True),
+        _gpu("rtx-spark", "DGX Spark", "12.1", _BLACKWELL, rtx=True),
     )
 }
 

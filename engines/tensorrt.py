@@ -30,6 +30,8 @@ from quantempo.errors import EngineError, MissingExtra
 Library = Literal["tensorrt", "tensorrt_rtx"]
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _ERROR_LINES = 20
+_OPTIONAL = ("EDITABLE_TIMING_CACHE",)
+"""Builder flags that an older library may lack without harm."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Built:
     library: str
     seconds: float
     size: int
-    tactics: Tactics = Tactics()
+    tactics: Tactics = field(default_factory=Tactics)
     warnings: tuple[str, ...] = ()
     inspector: str = ""
     device: str = ""
@@ -137,7 +139,7 @@ def build_here(job: BuildJob) -> Built:
         found = [ParserError(e.desc(), _call(e, "node_name"), _call(e, "node_operator")) for e in errors]
         raise parser_refusal(where, found, read_graph(graph))
     config = _config(trt, builder, job, where)
-    inputs = {spec.name: spec for spec in read_graph(graph).inputs.values()}
+    inputs = read_graph(graph).inputs
     for profile in job.profiles:
         made = builder.create_optimization_profile()
         for name, (low, best, high) in input_shapes(inputs, profile).items():
@@ -208,7 +210,13 @@ def _config(trt: Any, builder: Any, job: BuildJob, where: str) -> Any:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
     for flag in _flags(job):
-        config.set_flag(getattr(trt.BuilderFlag, flag))
+        if flag in trt.BuilderFlag.__members__:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+        elif flag not in _OPTIONAL:
+            raise EngineError(
+                where, found=f"a request for {flag}", wanted="flags that the library has",
+                cause=f"{job.library} {trt.__version__} is older than this option", remedy="leave the option out",
+            )
     if job.memory_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_mib << 20)
     if job.level >= 0:
@@ -256,18 +264,21 @@ def _device_name(job: BuildJob) -> str:
         return ""
     from quantempo.engines.cuda_device import CudaDevice
 
-    return CudaDevice.open().name
+    try:
+        return CudaDevice.open().name
+    except MissingExtra:
+        return ""  # a Jetson's own TensorRT comes without cuda-python; building does not need it
 
 
 _MEMORY = re.compile(r"(Total Weights Memory|Max Scratch Memory|Total Activation Memory): (\d+) bytes")
 
 
 def _memory_reports(lines: Sequence[str]) -> dict[str, int]:
-    words = {"Total Weights Memory": "weights", "Max Scratch Memory": "scratch", "Total Activation Memory": "activation"}
     found: dict[str, int] = {}
     for line in lines:
         for name, count in _MEMORY.findall(line):
-            found[words[name]] = max(int(count), found.get(words[name], 0))
+            word = name.split()[1].lower()
+            found[word] = max(int(count), found.get(word, 0))
     return found
 
 

@@ -165,7 +165,8 @@ def choose_record(bundle: Path, backend: str, target: str, capability: str | Non
         return bundle / FOLDER / fitting[0], found[fitting[0]]
     raise EngineError(
         f"{bundle}: {FOLDER}", found=f"engines for {', '.join(fitting)}" if fitting else "no engines",
-        wanted=f"engines that {backend} loads", cause="the target was not named" if fitting else "nothing was built yet",
+        wanted=f"engines that {backend} loads",
+        cause="the target was not named" if fitting else "nothing was built yet",
         remedy="name one with the setting target=NAME" if fitting
         else "run: quantempo build BUNDLE --target TARGET",
     )
@@ -241,7 +242,8 @@ def load_plan(folder: Path, record: EngineRecord, name: str, bundle: Path) -> by
     manifest = digest((bundle / MANIFEST_NAME).read_bytes()) if (bundle / MANIFEST_NAME).is_file() else ""
     if manifest != record.manifest:
         raise EngineError(
-            str(folder), found=f"engines of the bundle {record.manifest[:12]}…", wanted=f"of {manifest[:12] or 'none'}…",
+            str(folder), found=f"engines of the bundle {record.manifest[:12]}…",
+            wanted=f"engines of {manifest[:12] or 'no bundle'}…",
             cause="the bundle was compiled again after its engines were built",
             remedy=f"run: quantempo build BUNDLE --target {record.target}",
         )

@@ -102,8 +102,9 @@ def build_failure(where: str, lines: Sequence[str], tactics: Tactics, *, memory:
     text = "\n".join(lines)
     if match := _NO_TYPE.search(text):
         return EngineError(
-            where, found=f"values of type {match.group(1).strip()}", wanted=f"types that compute capability {capability}"
-            " has", cause="the GPU has no such number format; FP8 needs capability 8.9 or more",
+            where, found=f"values of type {match.group(1).strip()}",
+            wanted=f"types that compute capability {capability} has",
+            cause="the GPU has no such number format; FP8 needs capability 8.9 or more",
             remedy="build an int8 graph for this device",
         )
     if match := _TURING.search(text):
@@ -113,8 +114,9 @@ def build_failure(where: str, lines: Sequence[str], tactics: Tactics, *, memory:
             remedy="build a float16 graph: compile the bundle with the portable dialect in float16",
         )
     if _NO_ROOM.search(text) or (not lines and tactics.skipped):
+        counted = f" ({tactics})" if tactics.skipped else ""
         return EngineError(
-            where, found=f"no room to compute some layer ({tactics}): {said}",
+            where, found=f"no room to compute some layer{counted}: {said}",
             wanted=f"more memory than {memory}" if memory else "more free memory on the device",
             cause="each tactic needs scratch memory; those that do not fit are skipped, and here none was left",
             remedy="raise --memory, close what else uses the device, or build for a smaller largest batch (--shapes)",

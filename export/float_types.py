@@ -16,6 +16,7 @@ so that it means the same number in each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -82,6 +83,15 @@ def to_half(model: ir.Model, kind: HalfType, ranges: Mapping[str, float]) -> Con
     return converted
 
 
+def float_values(model: ir.Model) -> dict[str, int]:
+    """Every float32 value that a node makes, graph outputs apart, with its elements per row of the batch."""
+    found = {}
+    for value in (value for node in model.graph for value in node.outputs):
+        if value.dtype == _FLOAT and not value.is_graph_output():
+            found[str(value.name)] = math.prod(size for size in value.shape or () if isinstance(size, int))
+    return found
+
+
 class _Conversion:
     """One run over a graph."""
 
@@ -131,11 +141,16 @@ class _Conversion:
             if value is None or value.dtype != _FLOAT:
                 continue
             if value.const_value is None:
-                if self.kind == "float16" and self.ranges.get(str(value.name), 0.0) > OVERFLOW:
+                if self.kind == "float16" and self._range(value) > OVERFLOW:
                     return "overflow"
             elif node.op_type not in _QUANTIZERS and not self._holds(value):
                 return "constant"
         return ""
+
+    def _range(self, value: ir.Value) -> float:
+        """Calibrated abs-max; that of a site's result also for the bare product in front of it."""
+        name = str(value.name)
+        return max(self.ranges.get(name, 0.0), self.ranges.get(name.removesuffix(".product"), 0.0))
 
     def _stands_around(self, node: ir.Node) -> bool:
         """Whether the lowering put it in front of a quantizer or behind a quantized product."""
@@ -227,14 +242,19 @@ class _Conversion:
             self._twin(node, floats)
         wanted = _FLOAT if readers and floats == readers else self.dtype
         _retype(node.outputs[0], wanted)
-        node.replace_input_with(1, self._scale(scale, wanted))
+        # A weight's scale has no other half to agree with.
+        free = wanted == _FLOAT and value.const_value is not None
+        if not free:
+            node.replace_input_with(1, self._scale(scale, wanted))
 
     def _twin(self, node: ir.Node, readers: set[ir.Node]) -> None:
         """A second dequantizer for the readers in float32: a cast between it and a product could stop the fusion."""
         scale, value = node.inputs[1], node.outputs[0]
         assert scale is not None
-        twin = ir.node("DequantizeLinear", [node.inputs[0], self._scale(scale, _FLOAT), *node.inputs[2:]],
-                       attributes={key: attribute.value for key, attribute in node.attributes.items()})
+        stored = node.inputs[0] is not None and node.inputs[0].const_value is not None
+        inputs = [node.inputs[0], scale if stored else self._scale(scale, _FLOAT), *node.inputs[2:]]
+        attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+        twin = ir.node("DequantizeLinear", inputs, attributes=attributes)
         self.graph.insert_after(node, twin)
         made = twin.outputs[0]
         made.name, made.shape, twin.name = f"{value.name}.float", value.shape, f"{value.name}.float/DequantizeLinear"

@@ -2,15 +2,17 @@
 
 These compilers want a constant, symmetric `S8` scale; a scale that comes out of a table makes them fall back to float.
 So the change from group to group is moved out of the quantizer.  With `s_g`, `z_g` a tensor's scale and zero point in
-group `g`, `h = 2^(bits-1)` and the constant `s0 = min over g of s_g`:
+group `g`, `h = 2^(bits-1)` and a constant `s0`, the largest power of two that is at most every `s_g`:
 
     r_g = s0 / s_g,   c_g = (z_g - h) · s0
     q   = Q(x · r_g + c_g; s0)            the integers of the affine quantizer, minus h
     y   = (DQ(q) @ W) / r_g - (c_g / r_g) · colsum(W) + b
 
-`r_g <= 1`, so no intermediate grows.  `colsum(W)` is taken over the dequantized weight: the correction is exact for the
-values that the product really uses.  A convolution's padding must stay exactly zero, so its quantizer is symmetric and
-`c_g = 0`; outputs are not quantized.  With one group or a symmetric quantizer the parts that do nothing are left out.
+`r_g <= 1`, so no intermediate grows, and `c_g` is an integer times a power of two: engines that compute the rest of the
+graph in 16 bits shift by exactly that number.  `colsum(W)` is taken over the dequantized weight: the correction is
+exact for the values that the product really uses.  A convolution's padding must stay exactly zero, so its quantizer is
+symmetric and `c_g = 0`; outputs are not quantized.  With one group or a symmetric quantizer the parts that do nothing
+are left out.
 
 Fewer than 8 activation bits are simulated: a `Clip` in front of the 8-bit quantizer, to `[-h · s0, (h - 1) · s0]`.
 """
@@ -94,7 +96,9 @@ class AffineForm:
     @staticmethod
     def of(scale: NDArray[np.float32], zero_point: NDArray[np.int32], bits: int) -> AffineForm:
         """The form of a quantizer with the given scale and zero point per group."""
-        base = np.float32(scale.min())
+        # With one scale there is nothing to rescale; otherwise a power of two keeps the offset exact in half precision.
+        varies = scale.min() < scale.max()
+        base = np.float32(2.0 ** np.floor(np.log2(scale.min()))) if varies else np.float32(scale.min())
         shrink = (base / scale.astype(np.float64)).astype(np.float32)
         offset = ((zero_point - 2 ** (bits - 1)) * np.float64(base)).astype(np.float32)
         exact = shrink.astype(np.float64)

@@ -16,13 +16,15 @@ import numpy as np
 import onnx_ir as ir
 
 from quantempo.errors import ScaleMissing
-from quantempo.export.fp8 import fp8_scale
+from quantempo.export.fp8 import LEAST_SCALE, fp8_scale
 from quantempo.export.passes.edit import add_constant, insert_node, producer, sole_reader
 
 Format = Literal["fp8", "int8"]
 
 MARGIN = {"fp8": 2.0, "int8": 1.0}
 """Factor on the calibrated abs-max: room that costs nothing in a floating-point format, and half a bit in INT8."""
+TOP = {"fp8": 448.0, "int8": 127.0}
+SUFFIX = ".attention"
 PROBABILITY = {"fp8": np.float32(1 / 448), "int8": np.float32(1 / 127)}
 """Scale of the probabilities."""
 HEAD_SIZES = {"fp8": (9, 256), "int8": (9, 256)}
@@ -116,6 +118,18 @@ def quantize_attention(model: ir.Model, ranges: Mapping[str, float], kind: Forma
     return len(found)
 
 
+def stored_ranges(model: ir.Model, kind: Format) -> dict[str, float]:
+    """The ranges that a graph's attention was quantized with, so that it can be lowered again."""
+    found = {}
+    for name, value in model.graph.initializers.items():
+        operand = name.removesuffix(f"{SUFFIX}.scale")
+        if operand != name and value.const_value is not None:
+            scale = float(value.const_value.numpy())
+            # A hair less: the scale is rounded up to the next number of the format, and must be this one again.
+            found[operand] = scale * TOP[kind] / MARGIN[kind] * (1 - 2.0**-20)
+    return found
+
+
 def _scale(name: str, ranges: Mapping[str, float], kind: Format) -> np.float32:
     if name not in ranges:
         raise ScaleMissing(
@@ -123,13 +137,15 @@ def _scale(name: str, ranges: Mapping[str, float], kind: Format) -> np.float32:
             cause="the range scan was made for another graph", remedy="scan the ranges of this graph",
         )
     largest = MARGIN[kind] * ranges[name]
-    return np.float32(fp8_scale(np.float64(largest))) if kind == "fp8" else np.float32(max(largest / 127.0, 2.0**-14))
+    if kind == "fp8":
+        return np.float32(fp8_scale(np.float64(largest)))
+    return np.float32(max(largest / TOP[kind], LEAST_SCALE))
 
 
 def _put(graph: ir.Graph, node: ir.Node, index: int, scale: np.float32, kind: Format) -> None:
     value = node.inputs[index]
     assert value is not None
-    name = f"{value.name}.attention"
+    name = f"{value.name}{SUFFIX}"
     dtype = ml_dtypes.float8_e4m3fn if kind == "fp8" else np.int8
     factor = add_constant(graph, np.asarray(scale), f"{name}.scale")
     zero = add_constant(graph, np.zeros((), dtype), f"{name}.zero_point")

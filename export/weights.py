@@ -140,8 +140,8 @@ def wanted_weights(plan: QuantPlan) -> dict[str, tuple[Site, int]]:
 
 
 def stored_weights(model: ir.Model, plan: QuantPlan) -> dict[str, QuantizedWeight]:
-    """The weights that an `ort` or `portable` graph of this plan holds, so that it can be lowered again with other
-    activation scales.
+    """The weights that a quantized graph of this plan holds, so that it can be lowered again with other activation
+    scales.
 
     Raises:
         PlanError: the graph was made from another plan.
@@ -149,14 +149,17 @@ def stored_weights(model: ir.Model, plan: QuantPlan) -> dict[str, QuantizedWeigh
     found = {}
     constants = model.graph.initializers
     for site in plan.quantized():
-        values, scale = constants.get(f"{site.weight}{VALUES}"), constants.get(f"{site.weight}{SCALE}")
+        values = constants.get(f"{site.weight}{VALUES}") or constants.get(f"{site.weight}{FP8_VALUES}")
+        scale = constants.get(f"{site.weight}{SCALE}")
         if values is None or scale is None or values.const_value is None or scale.const_value is None:
             raise PlanError(
-                f"weight {site.weight!r}", found="no INT8 values in the graph", wanted="those of every quantized site",
-                cause="graph and plan do not belong together", remedy="compile the bundle again",
+                f"weight {site.weight!r}", found="no quantized values in the graph",
+                wanted="those of every quantized site", cause="graph and plan do not belong together",
+                remedy="compile the bundle again",
             )
         integers = values.const_value.numpy()
-        dead = np.flatnonzero(~integers.any(axis=tuple(a for a in range(integers.ndim) if a != output_axis(site))))
+        others = tuple(a for a in range(integers.ndim) if a != output_axis(site))
+        dead = np.flatnonzero(~(integers != 0).any(axis=others))
         found[site.weight] = QuantizedWeight(
             integers, scale.const_value.numpy(), output_axis(site), tuple(int(i) for i in dead)
         )

@@ -6,8 +6,6 @@ is there already and has the same key is kept.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from quantempo.engines import gate as fusion
 from quantempo.engines import trt_process
 from quantempo.engines.cache import KeyParts, check_private, differences, file_digest, file_entry
 from quantempo.engines.check import check_graph, refusals
+from quantempo.engines.cuda_device import CudaDevice
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.plan_store import pack, weight_sources
 from quantempo.engines.shapes import symbols
@@ -38,7 +37,7 @@ from quantempo.engines.trt_record import (
     write_record,
 )
 from quantempo.engines.trt_words import skipped_notice
-from quantempo.errors import BundleError, EngineError, QuantempoError, RequestError, nearest
+from quantempo.errors import BundleError, EngineError, MissingExtra, QuantempoError, RequestError, nearest
 from quantempo.progress import Progress, SilentProgress
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.session import DECODE_ROWS
@@ -167,11 +166,12 @@ def _tensorrt_target(name: str) -> Target:
 def _require_version(profile: Target, installed: str) -> None:
     if not version_fits(profile, installed):
         low, high = profile.versions
+        package = profile.library.replace("_", "-")
         raise EngineError(
             f"target {profile.name!r}", found=f"{profile.library} {installed}",
             wanted=f"{profile.library} from {low or 'any'} to below {high or 'any'}",
             cause="this range was tried or is documented for the device; outside it graphs may build wrongly",
-            remedy=f"install a version of the range, e.g.: pip install '{profile.library.replace('_', '-')}>={low},<{high}'",
+            remedy=f"install a version of the range, e.g.: pip install '{package}>={low},<{high}'",
         )
 
 
@@ -237,11 +237,11 @@ def _device(profile: Target) -> tuple[str, str]:
                 remedy="install a newer version of tensorrt-rtx",
             )
         return profile.capability, f"sm_{profile.capability.replace('.', '')}"
-    if importlib.util.find_spec("cuda") is None:
+    try:
+        device = CudaDevice.open()
+    except MissingExtra:
+        # A Jetson's own TensorRT comes without cuda-python; the target's name is all there is to go by.
         return profile.capability, f"sm_{profile.capability.replace('.', '')}"
-    from quantempo.engines.cuda_device import CudaDevice
-
-    device = CudaDevice.open()
     if device.capability != profile.capability:
         raise EngineError(
             f"target {profile.name!r}", found=f"{device.name}, compute capability {device.capability}",
@@ -266,9 +266,10 @@ def _jobs(
         graph = bundle.path(entry.file)
         refused = refusals(check_graph(graph, profile))
         if refused:
+            more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
             raise EngineError(
-                f"{name} for {profile.name!r}", found=f"{refused[0].found} ({refused[0].where})"
-                + (f", and {len(refused) - 1} more" if len(refused) > 1 else ""), wanted="a graph that the target reads",
+                f"{name} for {profile.name!r}", found=f"{refused[0].found} ({refused[0].where}){more}",
+                wanted="a graph that the target reads",
                 cause=f"rule {refused[0].rule!r} of `quantempo check`", remedy=refused[0].remedy,
             )
         profiles = complete(name, {i.name: i for i in entry.inputs}, asked, default_ranges(bundle.manifest, name))
@@ -361,8 +362,7 @@ def tool_line(job: BuildJob) -> str:
     """The same build with the library's own command line tool."""
     words = ["tensorrt_rtx" if job.library == "tensorrt_rtx" else "trtexec", f"--onnx={job.graph}"]
     words.append(f"--saveEngine={Path(job.graph).stem}.plan")
-    inputs = {spec.name: spec for spec in read_graph(Path(job.graph)).inputs.values()}
-    shapes = input_shapes(inputs, job.profiles[0])
+    shapes = input_shapes(read_graph(Path(job.graph)).inputs, job.profiles[0])
     for index, option in enumerate(("minShapes", "optShapes", "maxShapes")):
         items = (f"{name}:{'x'.join(map(str, ends[index]))}" for name, ends in shapes.items())
         if shapes:

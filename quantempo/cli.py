@@ -106,6 +106,7 @@ def report(
     judge: Annotated[Path | None, typer.Option(help="ONNX classifier for accuracy and Fréchet distance.")] = None,
     worst: Annotated[int, typer.Option(help="For how many tensors to measure what float would buy; 0 for none.")] = 10,
     min_psnr: Annotated[float | None, typer.Option(help="PSNR in dB to reach; below it the exit code is 1.")] = None,
+    engine: Engine = "ort",
     threads: Threads = 0,
 ) -> None:
     """Measure quality, size and speed against the float reference; write BUNDLE/report/ with a page and pictures."""
@@ -113,7 +114,7 @@ def report(
 
     options = ReportOptions(
         samples, population, _numbers(guidance, "--guidance"), steps, judge=judge, threads=threads, worst=worst,
-        min_psnr_db=min_psnr,
+        min_psnr_db=min_psnr, engine=engine,
     )
     written = write_report(bundle, options, progress=_progress())
     typer.echo(written.text())

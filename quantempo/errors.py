@@ -108,6 +108,10 @@ class OutputExists(QuantempoError):
     """The output path is taken."""
 
 
+class DiskFull(QuantempoError):
+    """There is no room for a file; what was complete before is untouched."""
+
+
 class RequestError(QuantempoError, ValueError):
     """An argument of a call is outside what the bundle takes."""
 

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from quantempo.calib.partition import parse_groups
 from quantempo.calib.ranges import method_named
+from quantempo.calib.selection import parse_selection
+from quantempo.contracts.plan import QuantPlan
+from quantempo.contracts.table import ScaleTable
 from quantempo.devices.guarding import guard_mode, guard_stage
 from quantempo.errors import PlanError
 from quantempo.progress import Progress, SilentProgress
@@ -21,6 +24,7 @@ from quantempo.runtime.bundle_writer import BundleWriter, check_target, clean_up
 from quantempo.stages.calibration import (
     ENGINE,
     Calibration,
+    CalibrationLoop,
     Taps,
     calibrate,
     calibration_programs,
@@ -28,11 +32,15 @@ from quantempo.stages.calibration import (
     trajectory_batches,
 )
 from quantempo.stages.dialects import chosen_graphs, lower_graphs, scanned_tensors
-from quantempo.stages.model import Exported, export_model, open_model, plan_stage, trace_scheduler
+from quantempo.stages.mining import FirstRound, second_round
+from quantempo.stages.model import Exported, Opened, export_model, open_model, plan_stage, trace_scheduler
 from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
-from quantempo.stages.range_scan import scan_ranges
-from quantempo.stages.store import StageRun, open_store
+from quantempo.stages.range_scan import scan_ranges, scan_steps
+from quantempo.stages.store import StageRun, StageStore, open_store
 from quantempo.stages.writing import check_fused, float_view, write_float, write_quantized
+
+if TYPE_CHECKING:
+    from quantempo.export.weights import QuantizedWeight
 
 __all__ = [
     "ENGINE", "STATISTICS", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
@@ -71,6 +79,7 @@ def compile_model(
     scheduler: Path | None = None,
     plan_file: Path | None = None,
     arrays: Mapping[str, NDArray[Any]] | None = None,
+    loop: CalibrationLoop | None = None,
     work: Path | str | None = None,
     guard: str | None = None,
     overwrite: bool = False,
@@ -86,6 +95,7 @@ def compile_model(
         plan_file: a plan to follow instead of the default one; it must belong to this model.
         arrays: conditioning to calibrate on, for models that take arrays: per input name (samples, …), and
             `negative_NAME` for the unconditional branch.
+        loop: your own sampling loop to calibrate with; see `quantempo.stages.calibration.CalibrationLoop`.
         work: where results of stages are kept for the next compile; `None` for the user's cache folder, see
             `quantempo.stages.store`.
         guard: `off`, `record` or `revert`; see `quantempo.devices.guarding`.
@@ -96,17 +106,11 @@ def compile_model(
         QuantempoError: bad input, before the work starts; nothing is written then.
     """
     recipe, progress, out = recipe or Recipe(), progress or SilentProgress(), Path(out).absolute()
-    clean_up(out)
-    check_target(out, overwrite)
-    method_named(recipe.range_method)
-    parse_groups(recipe.groups)
+    _check(out, overwrite, recipe, plan_file)
     choice = chosen_graphs(recipe)
     mode = guard_mode(guard)
-    if plan_file is not None and not plan_file.is_file():
-        raise PlanError(
-            f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
-            remedy="give the plan.json of a bundle of this model, as it is or edited",
-        )
+    if recipe.precision == "fp8":
+        mode = "off"  # FP8 is simulated here: its time says nothing about a device
     opened = open_model(Path(model), scheduler, recipe, arrays or {})
     recipe, given = opened.recipe, opened.arrays
     with open_store(work, progress) as store:
@@ -116,17 +120,14 @@ def compile_model(
                 bundle = write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
         plan, taps = plan_stage(store, exported, recipe, plan_file)
-        programs = calibration_programs(recipe, exported.program)
         view = float_view(exported, recipe)
-        collected, calibrated = calibration_stage(store, view, taps, recipe, given, programs)
-        table = scales_stage(store, collected, calibrated, plan, recipe)
-        weights = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
+        collected, table, weights = _numbers(store, exported, view, plan, taps, opened, loop)
         guarded = guard_stage(exported, plan, table, weights, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
         scanned = scanned_tensors(exported.graph, choice)
         if scanned:
             with progress.stage("ranges", WRITES):
-                ranges = scan_ranges(view, scanned, exported.program(recipe.steps[0]), recipe, given)
+                ranges = scan_ranges(view, scanned, exported.program(scan_steps(recipe)), recipe, given)
             choice = dataclasses.replace(choice, ranges=ranges)
         with progress.stage("write", WRITES), BundleWriter(out, overwrite=overwrite) as writer:
             manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice)
@@ -137,3 +138,36 @@ def compile_model(
             bundle = writer.finish(manifest)
             guarded.write(writer.root, bundle.digest)
     return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups, tuple(store.runs))
+
+
+def _check(out: Path, overwrite: bool, recipe: Recipe, plan_file: Path | None) -> None:
+    """What can be refused before the model is opened."""
+    clean_up(out)
+    check_target(out, overwrite)
+    method_named(recipe.range_method)
+    parse_groups(recipe.groups)
+    parse_selection(recipe.selection)
+    if plan_file is not None and not plan_file.is_file():
+        raise PlanError(
+            f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
+            remedy="give the plan.json of a bundle of this model, as it is or edited",
+        )
+
+
+def _numbers(
+    store: StageStore, exported: Exported, view: OpenBundle, plan: QuantPlan, taps: Taps, opened: Opened,
+    loop: CalibrationLoop | None,
+) -> tuple[Calibration, ScaleTable, Mapping[str, QuantizedWeight]]:
+    """Calibration, and the scales and weights that follow from it; with a second round where the recipe asks for it."""
+    recipe, arrays = opened.recipe, opened.arrays
+    programs = calibration_programs(recipe, exported.program)
+    collected, calibrated = calibration_stage(store, view, taps, recipe, arrays, programs, loop)
+    table, scaled = scales_stage(store, collected, calibrated, plan, recipe)
+    weights, rounded = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
+    if recipe.hard_cases:
+        keys = (scaled.key, rounded.key)
+        first = FirstRound(exported.graph, view, plan, taps, collected, calibrated, table, weights, keys)
+        collected, calibrated = second_round(store, first, recipe, arrays, programs)
+        table, _ = scales_stage(store, collected, calibrated, plan, recipe)
+        weights, _ = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
+    return collected, table, weights

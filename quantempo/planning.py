@@ -141,7 +141,7 @@ def predict(
     if recipe.reference:
         bundle += weights + decoder + programs_bytes + statistics
     return Predictions(
-        calls, rows, round(rows * _seconds_per_row(exported, recipe), 1), BASE_BYTES + weights + grams + statistics,
+        calls, rows, round(rows * _seconds_per_row(exported, recipe), 3), BASE_BYTES + weights + grams + statistics,
         bundle, weights + decoder + programs_bytes + grams + statistics + integers + scales,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ from typing import Literal, Protocol, TextIO
 Advance = Callable[[int, int], None]
 """Called with (done, total)."""
 LOGS = ("text", "json")
-UPDATE_SECONDS = 1.0
-"""Least time between two progress lines of the JSON log."""
+UPDATE_SECONDS, UPDATE_VARIABLE = 1.0, "QUANTEMPO_PROGRESS_SECONDS"
+"""Least time between two progress lines of the JSON log, and the environment variable that sets another one."""
 
 
 class Progress(Protocol):
@@ -64,7 +65,16 @@ class ConsoleProgress:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             with Progress(*columns, console=console, transient=True) as bar:
                 task = bar.add_task(title, total=None)
-                yield lambda done, total: bar.update(task, completed=done, total=total)
+                begun: list[int] = []
+
+                def advance(done: int, total: int) -> None:
+                    if begun:
+                        bar.update(task, completed=done, total=total)
+                    else:  # what an earlier run did says nothing about the pace of this one
+                        bar.reset(task, completed=done, total=total)
+                        begun.append(done)
+
+                yield advance
         else:
             yield lambda done, total: None
         self.note(f"{title}: {f'run ({why}), ' if why else ''}{time.perf_counter() - started:.1f} s")
@@ -96,6 +106,7 @@ class JsonProgress:
         """See `Progress`."""
         started = time.perf_counter()
         shown = first_done = -1.0
+        least = float(os.environ.get(UPDATE_VARIABLE) or UPDATE_SECONDS)
         first_time = started
         self._write("start", stage=title, **({"why": why} if why else {}))
 
@@ -104,7 +115,7 @@ class JsonProgress:
             now = time.perf_counter()
             if first_done < 0:  # what an earlier run did took no time in this one
                 first_done, first_time = float(done), now
-            if now - shown < UPDATE_SECONDS and done < total:
+            if now - shown < least and done < total:
                 return
             shown = now
             pace = (now - first_time) / (done - first_done) if done > first_done else None

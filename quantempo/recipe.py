@@ -18,6 +18,7 @@ class Recipe:
     Args:
         precision: `int8`, `fp8` (simulated on a CPU), or `float32` for a float bundle.
         targets: devices whose graphs the bundle holds on top of those for the CPU; see `quantempo targets`.
+        graphs: further graphs by name, e.g. `portable-bf16`; see docs/dialects.md.
         attention: `quantized`, `float`, or `auto` for quantized with FP8 and float with INT8.
         groups: `auto`, `single`, `uniform:G` or `optimal:G`.
         range_method: how activations are clipped; see `quantempo.calib.ranges`.
@@ -33,6 +34,7 @@ class Recipe:
         classes: labels to calibrate on; empty means all labels with a name, or else spread over all.
         seed: of the calibration noise; results are deterministic in it.
         selection: which calls of the trajectories are looked at; see `quantempo.calib.selection`.
+        hard_cases: samples of a second round, with the conditions that the first round quantizes worst; 0 for none.
         calibration: file with conditioning arrays (`.npz`) or labels (`.txt`, `.json`); see docs/recipe.md.
         rules: changes to the default plan, in order; a later one wins.
         keep, exclude: module-path patterns kept in float, whatever the rules say (one list under two names).
@@ -44,6 +46,7 @@ class Recipe:
 
     precision: Literal["int8", "fp8", "float32"] = "int8"
     targets: tuple[str, ...] = ()
+    graphs: tuple[str, ...] = ()
     attention: Literal["auto", "float", "quantized"] = "auto"
     groups: str = "auto"
     range_method: str = "minmax"
@@ -58,6 +61,7 @@ class Recipe:
     classes: tuple[int, ...] = ()
     seed: int = 0
     selection: str = "all"
+    hard_cases: int = 0
     calibration: str = ""
     rules: tuple[Rule, ...] = ()
     keep: tuple[str, ...] = ()
@@ -85,10 +89,15 @@ class Recipe:
             raise _refuse("guidance", self.guidance, "at least one scale of 0 or more", "give, for example, 1.5")
         if self.samples < 1 or self.batch < 1:
             raise _refuse("samples", self.samples, "at least one sample and a batch of at least 1", "give 32")
-        if self.version > RECIPE_VERSION:
-            remedy = "run: pip install --upgrade quantempo"
-            raise _refuse("version", self.version, f"at most {RECIPE_VERSION}", remedy)
+        if self.hard_cases < 0 or (self.hard_cases and self.precision != "int8"):
+            raise _refuse("hard_cases", self.hard_cases, "0, or more with precision int8", "leave it out")
+        _check_version(self.version)
         _check_rules(self.rules)
+
+
+def _check_version(version: int) -> None:
+    if version > RECIPE_VERSION:
+        raise _refuse("version", version, f"at most {RECIPE_VERSION}", "run: pip install --upgrade quantempo")
 
 
 def _check_rules(rules: tuple[Rule, ...]) -> None:

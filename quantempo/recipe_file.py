@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantempo.calib.trajectories import guidance_range
-from quantempo.contracts.codec import from_data, parse_json, to_data
+from quantempo.contracts.codec import from_data, parse_json
 from quantempo.errors import DataError, MissingExtra
 from quantempo.recipe import Recipe
 
@@ -38,8 +39,7 @@ def read_recipe(files: Sequence[Path], changes: Mapping[str, Any] | None = None)
         for name, value in data.items():
             merged[name] = [*merged.get(name, []), *value] if name in LISTS else value
         where = str(file)
-    merged.update(to_data(dict(changes or {})))
-    return from_data(Recipe, merged, where)
+    return dataclasses.replace(from_data(Recipe, merged, where), **dict(changes or {}))
 
 
 def _load(file: Path) -> dict[str, Any]:

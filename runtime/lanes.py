@@ -66,12 +66,14 @@ class Model:
 
 
 class Lane:
-    """Rows with their buffers, and a binding per variant.
+    """Rows with their buffers, and a binding per variant; `prediction` is one port, whichever variant computes it.
 
     Args:
         model: the graphs.
         rows: what each row is.
     """
+
+    prediction: Port
 
     def __init__(self, model: Model, rows: Rows) -> None:
         self.rows = rows
@@ -102,13 +104,10 @@ class Lane:
                 self.ports[name] = Port(buffer, engine.host)
         self.bindings[variant], self.sizes[variant] = binding, sizes
         denoiser = self.model.denoiser
+        if denoiser.prediction in self.ports:
+            self.prediction = self.ports[denoiser.prediction]
         self._timestep = self.ports.get(denoiser.timestep_input)
         self._group = self.ports.get(denoiser.group_input) if denoiser.group_input else None
-
-    @property
-    def prediction(self) -> Port:
-        """The denoiser's output, whichever variant computes it."""
-        return self.ports[self.model.denoiser.prediction]
 
     def set_scalars(self, timestep: float, group: int | None) -> None:
         """Feed timestep and scale group."""

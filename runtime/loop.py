@@ -199,7 +199,7 @@ class Loop:
 class _Here(NamedTuple):
     """Which call is being run."""
 
-    index: int
+    number: int
     call: Call
     group: int | None
 
@@ -217,6 +217,7 @@ class _Run:
         self._seeds = tuple(request.seeds) or (0,) * request.batch
         self._decisions = [Decisions(len(each)) for each in rows]
         self._variants = model.variants
+        self._exchanging = {name for name, v in model.variants.items() if v.reads or v.writes}
         self._combine = Combine(request.guidance, request.rescale, shape[1:])
         self._combined: Float32s = np.empty(shape, np.float32)
         self._notified = False
@@ -258,7 +259,8 @@ class _Run:
             self.rows += len(lane.rows)
             if call.decide is None:
                 self._evaluate(here, call.graph, lane.bindings[call.graph], lane.rows)
-                self._account(call.graph, number, len(lane.rows))
+                if call.graph in self._exchanging:
+                    self._account(call.graph, number, len(lane.rows))
             else:
                 self._decide(here, call.decide, lane, self._decisions[number])
             lane.prediction.pull()
@@ -278,7 +280,7 @@ class _Run:
         tally.seconds += ended - started
         if self._request.observer is not None:
             seeds = tuple(self._seeds[sample] for sample in rows.samples)
-            seen = Observation(here.index, here.call, here.group, seeds, rows.samples, rows.branches, variant)
+            seen = Observation(here.number, here.call, here.group, seeds, rows.samples, rows.branches, variant)
             self._request.observer(seen, binding.outputs)
 
     def _account(self, variant: str, number: int, rows: int) -> None:

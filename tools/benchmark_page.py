@@ -95,6 +95,117 @@ def overhead(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def engines(results: dict[str, Any]) -> str:
+    """Engines of TensorRT for RTX: what builds for which device, how fast, how large, of how many kernels."""
+    builds = results["builds"]
+    lines = [
+        f"## TensorRT for RTX engines ({results['library']}), built without a GPU", "", "```bash",
+        "python benchmarks/rtx_builds.py --json docs/tensorrt.json", "```", "",
+        "Seconds and MB over the capabilities that build; kernels and products (GEMMs and convolutions) at capability",
+        "8.9; *packed* is the plan with its weights taken from the bundle, bit for bit.  No figure here is a run time.",
+        "The gate refuses UNets for 7.5 (Turing): TensorRT for RTX has no INT8 convolutions there and computes them in",
+        "half, on weights that it dequantizes at every call; all other products run on INT8.", "",
+        "| model | graph | capabilities | refused | build, s | plan, MB | packed | kernels | products | fusion gate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for pair in dict.fromkeys(name.rsplit("/", 1)[0] for name in builds):
+        found = {name.rsplit("/sm", 1)[1]: entry for name, entry in builds.items() if name.startswith(f"{pair}/sm")}
+        built = {sm: entry for sm, entry in sorted(found.items(), key=lambda i: int(i[0])) if "seconds" in entry}
+        refused = ", ".join(sorted((sm for sm in found if sm not in built), key=int)) or "–"
+        if not built:
+            continue
+        entry = built.get("89") or next(iter(built.values()))
+        seconds, sizes = ([e[key] for e in built.values()] for key in ("seconds", "plan_bytes"))
+        packed = f"{entry['packed_bytes'] / entry['plan_bytes']:.1%}" if "packed_bytes" in entry else "–"
+        failed = [sm for sm, e in built.items() if e["gate"] != "passed"]
+        gates = f"refuses {', '.join(failed)}" if failed else "passed"
+        sites = " + ".join(f"{count} {kind}" for kind, count in entry["formats"].items()) or "no sites"
+        lines.append(
+            f"| {pair.replace('/', ' | ')} | {', '.join(built)} | {refused} | "
+            f"{min(seconds):.1f} to {max(seconds):.1f} | {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} | {packed} | "
+            f"{entry['kernels']} | {entry['products']} | {gates} ({sites}) |"
+        )
+    return "\n".join([*lines, ""])
+
+
+MODELS = (("dit-s2", "DiT-S/2, 32×32×4 latents"), ("unet", "UNet2DCondition 220 M, 32×32 latents"))
+"""The shapes that are timed."""
+
+
+def on_openvino(results: dict[str, Any]) -> str:
+    """Times on OpenVINO beside torch and ONNX Runtime."""
+    machine = results["machine"]
+    lines = [
+        "## Speed on OpenVINO, 1 pinned thread", "", "```bash",
+        "python benchmarks/openvino_speed.py --json docs/openvino_speed.json", "```", "",
+        f"{machine['cpu']} ({', '.join(machine['features'])}), OpenVINO {machine['versions']['openvino']}, "
+        f"ONNX Runtime {machine['versions']['onnxruntime']}, torch {machine['versions']['torch']}; batch {results['batch']}, "
+        f"{results['groups']} groups, random weights.", "",
+        "| model | INT8 with groups, ms | unquantized rest | over eager float32 | over eager bfloat16 "
+        "| over OpenVINO float32 | over ONNX Runtime INT8 | groups over constant scales |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, name in MODELS:
+        if model not in results:
+            continue
+        found = results[model]
+        over = found["speedup_over"]
+        cells = [f"{over[k]['ratio']:.2f}×" for k in ("eager-float32", "eager-bfloat16", "float, f32", "ort int8")]
+        lines.append(
+            f"| {name} | {found['ms_per_call'][found['best']]:.1f} | {rest_of(found['best'])} | {' | '.join(cells)} | "
+            f"{ratio_of(found['groups_over_constant'])} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def beside_nncf(results: dict[str, Any]) -> str:
+    """Time and fidelity of NNCF's models and ours, on OpenVINO."""
+    machine = results["machine"]
+    lines = [
+        "## Beside NNCF, on OpenVINO", "", "```bash",
+        "python benchmarks/nncf_comparison.py --json docs/nncf.json", "```", "",
+        f"NNCF {machine['nncf']}, OpenVINO {machine['versions']['openvino']}, {machine['cpu']} "
+        f"({', '.join(machine['features'])}).", "",
+    ]
+    if "time" in results:
+        lines += [
+            "One pinned thread, each with its faster type of the unquantized rest; NNCF's is the faster of its two "
+            "presets for transformers.", "",
+            "| model | NNCF, ms | constant scales, ms | constant / NNCF | groups, ms | groups / NNCF |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+    for model, name in MODELS:
+        if model in results.get("time", {}):
+            found = results["time"][model]
+            ms = {key: f"{found['ms_per_call'][found[key]]:.1f}" for key in ("rival", "best_constant", "best")}
+            lines.append(
+                f"| {name} | {ms['rival']} | {ms['best_constant']} | {ratio_of(found['constant_over_nncf'])} | "
+                f"{ms['best']} | {ratio_of(found['groups_over_nncf'])} |"
+            )
+    for model, found in results.get("fidelity", {}).items():
+        cases = found["cases"]
+        lines += [
+            "",
+            f"Demo {'DiT' if model == 'dit' else 'UNet'}, same-seed PSNR to float in dB, {found['samples']} held-out seeds; "
+            f"NNCF calibrated on {found['nncf_rows']} rows of our calibration:", "",
+            f"| model, type of the unquantized rest | {' | '.join(cases)} |", "| --- |" + " --- |" * len(cases),
+        ]
+        for label in next(iter(cases.values())):
+            cells = [f"{row[label]['psnr_db']:.2f}" for row in cases.values()]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def rest_of(variant: str) -> str:
+    """The type in a variant's name, `int8, bf16 rest`."""
+    return variant.rpartition(", ")[2].removesuffix(" rest")
+
+
+def ratio_of(found: dict[str, float]) -> str:
+    """A ratio with its noise."""
+    return f"{found['ratio']:.3f} ± {found['noise']:.3f}"
+
+
 def headline() -> str:
     """The README's table; figures that were not measured yet are left out."""
     lines = ["| what | figure |", "| --- | --- |"]
@@ -129,7 +240,9 @@ def main() -> None:
     fill_readme()
     parts = [HEAD]
     for name, render in (
-        ("quality.json", quality), ("speed.json", speed), ("speed-2.json", speed), ("loop_overhead.json", overhead)
+        ("quality.json", quality), ("speed.json", speed), ("speed-2.json", speed), ("loop_overhead.json", overhead),
+        ("openvino_speed.json", on_openvino), ("nncf.json", beside_nncf),
+        ("tensorrt.json", engines),
     ):
         results = load(name)
         if results is not None:

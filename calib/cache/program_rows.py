@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from quantempo.calib.cache.corrections import Correction
+from quantempo.calib.cache.history import BEFORE, LAST
 from quantempo.contracts.program import LATENTS, PREDICTION, Call, Clamp, Correct, Lin, Noise, Operation, StepProgram
 from quantempo.errors import CalibrationError
 
@@ -45,10 +46,18 @@ def _insert(
         writes = register == PREDICTION or any(op.to == register for op in call.update)
         if writes and not correction.identity(index):
             op = Correct(register, register, *names, row + index)
-            update = (op, *call.update) if register == PREDICTION else (*call.update, op)
-            call = replace(call, update=update)
+            at = len(call.update) if register == LATENTS else _own_part(call.update)
+            call = replace(call, update=(*call.update[:at], op, *call.update[at:]))
         calls.append(call)
     return replace(program, calls=tuple(calls))
+
+
+def _own_part(update: Sequence[Operation]) -> int:
+    """How many operations at the start prepare the prediction; what the sampler does comes after them."""
+    for index, op in enumerate(update):
+        if op.to not in (PREDICTION, LAST, BEFORE):
+            return index
+    return len(update)
 
 
 def absorb_noise(program: StepProgram, deviations: Sequence[float]) -> tuple[StepProgram, tuple[float, ...]]:

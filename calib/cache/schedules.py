@@ -129,6 +129,8 @@ class FeatureChanges:
         """`[a, k]`: Σ |X[a+k] - X[a]| over all elements and runs."""
         self.square: Floats = np.zeros((calls, self.longest))
         """`[a, k]`: Σ (X[a+k] - X[a])²."""
+        self.size: Floats = np.zeros(calls)
+        """Σ |X| of each call."""
         self.power: Floats = np.zeros(calls)
         """Σ X² of each call."""
         self.elements: NDArray[np.int64] = np.zeros(calls, np.int64)
@@ -151,6 +153,7 @@ class FeatureChanges:
                 self.absolute[earlier, call - earlier] += float(np.abs(difference).sum())
                 self.square[earlier, call - earlier] += float(difference @ difference)
         flat = features.ravel().astype(np.float64)
+        self.size[call] += float(np.abs(flat).sum())
         self.power[call] += float(flat @ flat)
         self.elements[call] += features.size
         recent.append((call, np.array(features, copy=True)))
@@ -158,23 +161,29 @@ class FeatureChanges:
     def merge(self, other: FeatureChanges) -> FeatureChanges:
         """The changes of both sets of runs."""
         merged = FeatureChanges(self.calls, self.longest)
-        for name in ("absolute", "square", "power", "elements"):
+        for name in ("absolute", "square", "size", "power", "elements"):
             getattr(merged, name)[...] = getattr(self, name) + getattr(other, name)
         return merged
 
-    def costs(self, weights: Sequence[float] | None = None) -> Floats:
+    def costs(self, sensitivities: Sequence[float] | None = None) -> Floats:
         """`[a, b]`: what the calls `a .. b - 1` lose when call `a` serves them all; infinite where out of reach.
 
-        `D(a, b) = Σ_i w_i · Σ |X_i - X_a|` (CacheQuant, Liu et al. 2025).
+        Without sensitivities `D(a, b) = Σ_i Σ |X_i - X_a|` (CacheQuant, Liu et al. 2025).  That counts a change alike
+        at every call, but the end of a run forgives it less at some calls than at others.  With them, the distance of a
+        pair is taken relative to that of neighbouring calls: `D(a, b) = Σ_i s_i · Σ |X_i - X_a| / Σ |X_i - X_(i-1)|`.
 
         Args:
-            weights: how much an error at each call matters; all 1 where left out.
+            sensitivities: per call, the error at the end of a run in which this call alone reuses the features of the
+                call before.
         """
-        w = np.ones(self.calls) if weights is None else np.asarray(weights, np.float64)
+        scale = np.ones(self.calls)
+        if sensitivities is not None:
+            step = np.concatenate([[0.0], self.absolute[:-1, 1]]) if self.longest > 1 else np.zeros(self.calls)
+            scale = np.divide(np.asarray(sensitivities, np.float64), step, out=np.zeros(self.calls), where=step > 0)
         costs = np.full((self.calls + 1, self.calls + 1), math.inf)
         for a in range(self.calls):
             reach = min(self.longest, self.calls - a)
-            costs[a, a + 1 : a + reach + 1] = np.cumsum(w[a : a + reach] * self.absolute[a, :reach])
+            costs[a, a + 1 : a + reach + 1] = np.cumsum(scale[a : a + reach] * self.absolute[a, :reach])
         return costs
 
 

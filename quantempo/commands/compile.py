@@ -29,6 +29,7 @@ Dtype = Annotated[str, typer.Option(help="int8, fp8 (simulated on a CPU), or flo
 Targets = Annotated[
     list[str] | None, typer.Option("--target", help="Device to hold graphs for, see `quantempo targets`; repeatable.")
 ]
+Graphs = Annotated[list[str] | None, typer.Option("--graph", help="Further graph, e.g. portable-bf16; repeatable.")]
 Attention = Annotated[str, typer.Option(help="auto, float or quantized products inside attention.")]
 Groups = Annotated[str, typer.Option(help="auto, single, uniform:G or optimal:G.")]
 RangeMethod = Annotated[str, typer.Option(help="How activation ranges are clipped.")]
@@ -43,6 +44,7 @@ CalibrationScheduler = Annotated[
     list[str] | None, typer.Option("--calib-scheduler", help="Another scheduler to calibrate with; repeatable.")
 ]
 Selection = Annotated[str, typer.Option(help="Calls to look at: all, uniform:F, normal:F or density:F.")]
+HardCases = Annotated[int, typer.Option(help="Samples of a second round, like those that are quantized worst.")]
 Keep = Annotated[list[str] | None, typer.Option(help="Module-path pattern to keep in float; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="The same as --keep.")]
 Bits = Annotated[int, typer.Option(help="8, or fewer (simulated).")]
@@ -64,6 +66,7 @@ def compile_command(
     recipe: RecipeFiles = None,
     dtype: Dtype = "",
     target: Targets = None,
+    graph: Graphs = None,
     attention: Attention = "",
     groups: Groups = "",
     range_method: RangeMethod = "",
@@ -74,6 +77,7 @@ def compile_command(
     calib_set: CalibrationFile = None,
     calib_scheduler: CalibrationScheduler = None,
     selection: Selection = "",
+    hard_cases: HardCases = 0,
     keep: Keep = None,
     exclude: Exclude = None,
     activation_bits: Bits = 0,
@@ -95,15 +99,21 @@ def compile_command(
     from quantempo.pipeline import compile_model
 
     chosen = _recipe(
-        recipe, precision=dtype, targets=target, attention=attention, groups=groups, range_method=range_method, guidance=_guidance(guidance),
+        recipe, precision=dtype, targets=target, graphs=graph, attention=attention, groups=groups,
+        range_method=range_method, guidance=_guidance(guidance),
         steps=_steps(steps), samples=samples, batch=batch, calibration=calib_set, schedulers=calib_scheduler,
-        selection=selection, keep=keep, exclude=exclude, activation_bits=activation_bits, weight_method=weight_method,
+        selection=selection, hard_cases=hard_cases, keep=keep, exclude=exclude, activation_bits=activation_bits,
+        weight_method=weight_method,
         max_steps=max_steps, seed=None if seed < 0 else seed, reference=reference, threads=threads,
     )
-    summary = compile_model(
-        model, out, chosen, scheduler=scheduler, plan_file=plan, work=work, guard=guard, overwrite=overwrite,
-        progress=_progress(quiet, log),
-    )
+    try:
+        summary = compile_model(
+            model, out, chosen, scheduler=scheduler, plan_file=plan, work=work, guard=guard, overwrite=overwrite,
+            progress=_progress(quiet, log),
+        )
+    except KeyboardInterrupt as stop:
+        typer.echo("interrupted; the same command goes on where it stopped", err=True)
+        raise typer.Exit(1) from stop
     typer.echo(summary.text())
 
 
@@ -133,8 +143,8 @@ def plan_command(
 
     chosen = _recipe(
         recipe, guidance=_guidance(guidance), steps=_steps(steps), samples=samples, batch=batch,
-        calibration=calib_set, keep=keep, exclude=exclude, activation_bits=activation_bits, weight_method=weight_method, max_steps=max_steps,
-        threads=threads,
+        calibration=calib_set, keep=keep, exclude=exclude, activation_bits=activation_bits,
+        weight_method=weight_method, max_steps=max_steps, threads=threads,
     )
     made = write_plan(
         model, out, chosen, scheduler=scheduler, work=work, overwrite=overwrite, progress=_progress(quiet, log)

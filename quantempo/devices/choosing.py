@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from quantempo.contracts.codec import canonical_json, from_data, parse_json
 from quantempo.contracts.engine import Engine
 from quantempo.contracts.manifest import Denoiser, GraphEntry
-from quantempo.devices.opening import cache_folder, denoiser_graph, engine_options
+from quantempo.devices.opening import AUTO, cache_folder, denoiser_graph, engine_options
 from quantempo.engines.cache import EngineCache, KeyParts
 from quantempo.engines.cpu import cpu_features
 from quantempo.engines.guard import Choice, Timing, Variant, library_versions, pick_fastest
@@ -95,6 +95,11 @@ def choose_engine(
     folder = cache_folder(cache)
     text = EngineCache(folder).get_or_build(parts, measured) if folder is not None else measured()
     return from_data(Choice, parse_json(text, "remembered engine"), "remembered engine")
+
+
+def engine_named(name: str, bundle: OpenBundle, threads: int = 0) -> str:
+    """The backend that a name stands for: itself, or the fastest one for `auto`."""
+    return choose_engine(bundle, threads=threads).label if name == AUTO else name
 
 
 def choice_key(bundle: OpenBundle, threads: int) -> KeyParts:

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.ranges import METHODS
 from quantempo.contracts.engine import Engine, EngineOptions
+from quantempo.contracts.manifest import GraphEntry
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram
 from quantempo.contracts.table import ScaleTable
+from quantempo.devices.opening import bundle_dialect
 from quantempo.engines.registry import open_engine
 from quantempo.errors import BundleError
 from quantempo.inspection import REFERENCE, load_plan
@@ -26,6 +28,7 @@ from quantempo.progress import Advance
 from quantempo.quality import Images, Judge, psnr_db, ssim
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.session import Session
+from quantempo.stages.dialects import GraphChoice
 
 OTHER_SEEDS = 500_000
 """Offset of the seeds of the second float population; disjoint from held-out and calibration seeds."""
@@ -43,6 +46,7 @@ class ReportOptions:
         batch: samples per call of the session.
         judge: ONNX classifier, see `quantempo.quality.Judge`.
         threads: engine threads.
+        engine: what runs the model and its float reference; variants for comparison run on ONNX Runtime.
         single_scale: compare with the best single scale over all range methods.
         timing_rounds: repetitions of the speed measurement.
         worst: for how many tensors to measure what keeping their sites in float would buy, the noisiest first.
@@ -57,6 +61,7 @@ class ReportOptions:
     batch: int = 25
     judge: Path | None = None
     threads: int = 0
+    engine: str = ENGINE
     single_scale: bool = True
     timing_rounds: int = 15
     worst: int = 10
@@ -143,9 +148,17 @@ class Sampler:
 
 @contextmanager
 def sessions(subject: Subject, options: ReportOptions) -> Iterator[tuple[Session, Session]]:
-    """The quantized session and the float session."""
+    """The quantized session and the float session, on the engine of the options."""
     given = EngineOptions(threads=options.threads)
-    with Session(subject.bundle, _open, given) as quantized, Session(subject.reference, _open, given) as floating:
+
+    def opened(path: Path, asked: EngineOptions) -> Engine:
+        return open_engine(options.engine, path, asked)
+
+    dialects = [bundle_dialect(options.engine, bundle) for bundle in (subject.bundle, subject.reference)]
+    with (
+        Session(subject.bundle, opened, given, dialects[0]) as quantized,
+        Session(subject.reference, opened, given, dialects[1]) as floating,
+    ):
         yield quantized, floating
 
 
@@ -155,23 +168,37 @@ def session_with_table(subject: Subject, table: ScaleTable, options: ReportOptio
     import dataclasses
 
     from quantempo.export.graph_files import load_graph, write_graphs
+    from quantempo.export.quantize_attention import stored_ranges
     from quantempo.export.weights import stored_weights
 
     source = subject.reference.path(subject.reference.manifest.graphs["full.float-f32"].file)
-    quantized = subject.bundle.path(subject.bundle.manifest.graphs["full.ort-f32"].file)
-    weights = stored_weights(load_graph(quantized), subject.plan)
+    entry = main_graph(subject.bundle)
+    quantized = subject.bundle.path(entry.file)
+    made = load_graph(quantized)
+    weights = stored_weights(made, subject.plan)
+    choice = GraphChoice((entry.dialect,), ranges=stored_ranges(made, "fp8"))
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        graphs = lower_graphs(load_graph(source), subject.plan, table, weights, ("ort",))
+        graphs = lower_graphs(load_graph(source), subject.plan, table, weights, choice)
         (written,) = write_graphs(Path(folder), graphs).values()
 
         def open_variant(path: Path, given: EngineOptions) -> Engine:
-            denoiser = path.name == Path(subject.bundle.manifest.graphs["full.ort-f32"].file).name
-            return _open(Path(folder) / written.file if denoiser else path, given)
+            return _open(Path(folder) / written.file if path.name == Path(entry.file).name else path, given)
 
         manifest = dataclasses.replace(subject.bundle.manifest, partition=table.partition)
         bundle = dataclasses.replace(subject.bundle, manifest=manifest)
-        with Session(bundle, open_variant, EngineOptions(threads=options.threads), "ort") as session:
+        with Session(bundle, open_variant, EngineOptions(threads=options.threads), entry.dialect) as session:
             yield session
+
+
+def main_graph(bundle: OpenBundle) -> GraphEntry:
+    """The denoiser graph that ONNX Runtime runs, or simulates."""
+    graphs = bundle.manifest.graphs
+    return graphs["full.ort-f32"] if "full.ort-f32" in graphs else graphs["full.fp8-f32"]
+
+
+def simulated(bundle: OpenBundle) -> str:
+    """The number format that this machine only imitates; empty where it computes in it."""
+    return "FP8 (E4M3)" if bundle.manifest.precision == "fp8" else ""
 
 
 def single_scale_tables(subject: Subject) -> dict[str, ScaleTable]:
@@ -192,6 +219,7 @@ class Speed:
     loop_overhead_ms_per_call: float
     threads: int
     rounds: int
+    engine: str = ENGINE
 
 
 def measure_speed(quantized: Session, floating: Session, options: ReportOptions) -> Speed:
@@ -211,7 +239,7 @@ def measure_speed(quantized: Session, floating: Session, options: ReportOptions)
     pairs = [(once(floating), once(quantized)) for _ in range(options.timing_rounds)]
     return Speed(
         statistics.median(a[0] for a, _ in pairs), statistics.median(b[0] for _, b in pairs),
-        statistics.median(b[1] for _, b in pairs), options.threads, options.timing_rounds,
+        statistics.median(b[1] for _, b in pairs), options.threads, options.timing_rounds, options.engine,
     )
 
 

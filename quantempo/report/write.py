@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantempo.contracts.codec import to_data
 from quantempo.contracts.table import ScaleTable
+from quantempo.devices.choosing import engine_named
 from quantempo.errors import QualityNotReached
 from quantempo.inspection import site_counts, sizes
 from quantempo.progress import Advance, Progress, SilentProgress
@@ -28,6 +29,7 @@ from quantempo.report.measure import (
     open_subject,
     session_with_table,
     sessions,
+    simulated,
     single_scale_tables,
 )
 from quantempo.report.page import Pictures, best_single, write_page
@@ -82,10 +84,14 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
     """
     options, progress = options or ReportOptions(), progress or SilentProgress()
     subject = open_subject(bundle)
-    tables = single_scale_tables(subject) if options.single_scale else {}
+    options = replace(options, engine=engine_named(options.engine, subject.bundle, options.threads))
+    # FP8 hardly knows groups: the comparison would say nothing, at a price.
+    tables = single_scale_tables(subject) if options.single_scale and not simulated(subject.bundle) else {}
     with sessions(subject, options) as (quantized, floating):
-        with progress.stage("speed"):
-            speed = measure_speed(quantized, floating, options)
+        speed = None
+        if not simulated(subject.bundle):
+            with progress.stage("speed"):
+                speed = measure_speed(quantized, floating, options)
         drawn: dict[str, dict[float, Images]] = {"float": {}, "groups": {}}
         for name, session in (("float", floating), ("groups", quantized)):
             for guidance in options.guidance:
@@ -120,7 +126,7 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
         )
     folder = bundle / "report"
     folder.mkdir(exist_ok=True)
-    _sheet(results[0], drawn, single).save(folder / "sheet.png")
+    _sheet(results[0], drawn, single, facts["simulated"]).save(folder / "sheet.png")
     partition, guidance = subject.bundle.manifest.partition, results[0].guidance
     assert partition is not None
     write_figures(folder, facts["analysis"], partition)
@@ -168,7 +174,7 @@ def _single_scales(
 
 
 def report_facts(
-    subject: Subject, options: ReportOptions, results: list[GuidanceResult], speed: Speed
+    subject: Subject, options: ReportOptions, results: list[GuidanceResult], speed: Speed | None
 ) -> dict[str, Any]:
     """The content of `report.json`."""
     manifest = subject.bundle.manifest
@@ -192,13 +198,17 @@ def report_facts(
     return {
         "version": REPORT_VERSION, "bundle": subject.bundle.digest, "quality": quality,
         "sites": site_counts(subject.plan), "scales": {"groups": manifest.partition.groups}, "size": size,
-        "speed": asdict(speed),
+        "speed": asdict(speed) if speed is not None else None, "simulated": simulated(subject.bundle),
         "command": f"quantempo report BUNDLE --samples {options.samples} --population {options.population} "
         f"--guidance {','.join(f'{g:g}' for g in options.guidance)} --steps {options.steps}",
     }
 
 
-def _sheet(head: GuidanceResult, drawn: dict[str, dict[float, Images]], single: dict[str, dict[float, Images]]) -> Any:
+def _sheet(
+    head: GuidanceResult, drawn: dict[str, dict[float, Images]], single: dict[str, dict[float, Images]],
+    precision: str = "",
+) -> Any:
+    """Pictures side by side; `precision` is what is simulated."""
     guidance, best = head.guidance, head.best_single
     reference = drawn["float"][guidance][:SHEET_IMAGES]
     groups = drawn["groups"][guidance][:SHEET_IMAGES]
@@ -207,7 +217,8 @@ def _sheet(head: GuidanceResult, drawn: dict[str, dict[float, Images]], single: 
         flat = single[best[0]][guidance][:SHEET_IMAGES]
         panels.append(Panel("one scale", f"INT8, {best[0]}: {best[1]:.1f} dB", flat))
         panels.append(error_panel(f"its error, {AMPLIFY} times", "absolute difference", flat, reference))
-    panels.append(Panel("scales per group", f"INT8: {head.groups.psnr_db:.1f} dB", groups))
+    label = f"{precision}, simulated" if precision else "INT8"
+    panels.append(Panel("scales per group", f"{label}: {head.groups.psnr_db:.1f} dB", groups))
     panels.append(error_panel(f"its error, {AMPLIFY} times", "absolute difference", groups, reference))
     return contact_sheet(panels)
 
@@ -229,10 +240,15 @@ def table(facts: dict[str, Any]) -> str:
     lines += [
         f"sites      {sites['quantized']} of {sites['total']} quantized; {facts['scales']['groups']} scale groups",
         f"size       {size['bundle_bytes'] / 1e6:.2f} MB, float {size['float_bytes'] / 1e6:.2f} MB",
-        f"speed      {speed['int8_ms_per_call']:.2f} ms a call, float {speed['float_ms_per_call']:.2f} ms "
-        f"({speed['float_ms_per_call'] / speed['int8_ms_per_call']:.2f}×); "
-        f"the loop itself {speed['loop_overhead_ms_per_call']:.3f} ms",
     ]
+    if facts["simulated"]:
+        lines.append(f"precision  {facts['simulated']}, simulated on this machine: fidelity only, no speed")
+    else:
+        lines.append(
+            f"speed      {speed['int8_ms_per_call']:.2f} ms a call, float {speed['float_ms_per_call']:.2f} ms "
+            f"({speed['float_ms_per_call'] / speed['int8_ms_per_call']:.2f}×); "
+            f"the loop itself {speed['loop_overhead_ms_per_call']:.3f} ms"
+        )
     worst = facts["analysis"]["worst"][:3]
     if worst:
         lines.append("worst sites, and what keeping them in float would buy:")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import gc
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +15,19 @@ from numpy.typing import NDArray
 
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.gram import GramCollector
+from quantempo.calib.selection import Selection, Visit, needs_features, select
 from quantempo.calib.trajectories import (
     FIRST_SEED,
     CalibrationSet,
     Observer,
     ProgramChoice,
+    RunBatch,
     TrajectoryBatch,
     plan_batches,
     run_calibration,
 )
 from quantempo.contracts.codec import canonical_json, digest, to_data
-from quantempo.contracts.engine import Buffer, EngineOptions
+from quantempo.contracts.engine import Buffer, Engine, EngineOptions
 from quantempo.contracts.manifest import Denoiser
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram
@@ -30,6 +35,7 @@ from quantempo.engines.registry import open_engine
 from quantempo.progress import Advance
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
+from quantempo.runtime.guidance import CONDITIONAL
 from quantempo.runtime.loop import Observation
 from quantempo.runtime.request import Request
 from quantempo.runtime.session import Session
@@ -38,6 +44,15 @@ from quantempo.stages.store import StageResult, StageStore
 from quantempo.stages.versions import code, libraries
 
 ENGINE = "ort"
+CalibrationLoop = Callable[[Callable[..., NDArray[Any]], TrajectoryBatch], None]
+"""The caller's own loop: called with `denoise` and a batch (seeds, labels, guidance, program).  It calls
+`denoise(sample, timestep, **conditioning)` for each evaluation, with arrays by graph input, and gets the prediction.
+An attribute `cache_key` (a string) names its behaviour; without one its calibration is never reused."""
+CallObserver = Callable[[Observation, Mapping[str, Buffer]], None]
+LARGE_BYTES = 1_000_000_000
+MAPPED = {"prepacking": "off"}
+"""Settings with which the engine reads weights where they lie in their file, and makes no copy in memory; for weights
+above `LARGE_BYTES` worth a few per cent of time."""
 STATISTICS_FILE, GRAMS = "statistics.safetensors", "grams.safetensors"
 
 
@@ -80,6 +95,8 @@ def calibrate(
     *,
     arrays: Mapping[str, NDArray[Any]] | None = None,
     programs: Mapping[ProgramChoice, StepProgram] | None = None,
+    loop: CalibrationLoop | None = None,
+    batches: Sequence[TrajectoryBatch] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -91,6 +108,8 @@ def calibrate(
         recipe: the calibration set.
         arrays: conditioning by input name.
         programs: the ways to sample; `None` for `calibration_programs` of the bundle's.
+        loop: the caller's own sampling loop, instead of step programs; see `CalibrationLoop`.
+        batches: what to run; `None` for `trajectory_batches`.
         checkpoint: file to which the state goes after each batch, and from which an interrupted run goes on.
         progress: told the number of batches done and in all.
 
@@ -101,45 +120,132 @@ def calibrate(
     """
     denoiser, taps = reference.manifest.denoiser, plan if isinstance(plan, Taps) else Taps.of(plan)
     known = calibration_programs(recipe, reference.program) if programs is None else programs
-    batches = trajectory_batches(denoiser, recipe, known, arrays or {})
-    options = EngineOptions(threads=recipe.threads, extra_outputs=taps.tensors)
+    batches = trajectory_batches(denoiser, recipe, known, arrays or {}) if batches is None else batches
+    weights = sum(reference.manifest.files[name].size for g in reference.manifest.graphs.values() for name in g.data)
+    inner = tuple(name for name in taps.tensors if name not in {array.name for array in denoiser.arrays})
+    options = EngineOptions(
+        threads=recipe.threads, extra_outputs=inner, settings=MAPPED if weights > LARGE_BYTES else {}
+    )
     grams = GramCollector(taps.products if recipe.weight_method == "gptq" else ())
-    with Session(reference, _open_with(ENGINE), options) as session:
+    collector = StatsCollector("full", taps.tensors, taps.centred)
+    if loop is not None:
+        with _looped(reference, options, taps, grams, loop) as run_loop:
+            return Calibration(run_calibration(batches, run_loop, collector, checkpoint, progress, grams), grams)
+    with Session(reference, open_with_default, options) as session:
+
+        def sample(batch: TrajectoryBatch, observer: CallObserver) -> None:
+            request = sample_request(batch, denoiser, arrays or {})
+            session.sample(request, known[batch.program], output_type="latent", observer=observer)
+
+        chosen = _selection(recipe, batches, known, taps, sample)
 
         def run_batch(batch: TrajectoryBatch, observe: Observer) -> None:
+            given = sample_request(batch, denoiser, arrays or {}).arrays
+
             def observer(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
-                values = {name: outputs[name].array for name in taps.tensors}
-                observe(seen.call.key, values)
-                grams.observe(seen.call.key, values)
+                if (batch.index, seen.index) in chosen:
+                    values = {name: outputs[name].array for name in inner}
+                    values |= {name: fed_rows(name, seen, given) for name in taps.tensors if name not in values}
+                    observe(seen.call.key, values)
+                    grams.observe(seen.call.key, values)
 
-            session.sample(
-                _request(batch, denoiser, arrays or {}), known[batch.program], output_type="latent",
-                observer=observer,
-            )
+            sample(batch, observer)
 
-        collector = StatsCollector("full", taps.tensors, taps.centred)
         statistics = run_calibration(batches, run_batch, collector, checkpoint, progress, grams)
     return Calibration(statistics, grams)
 
 
+def fed_rows(name: str, seen: Observation, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """What a conditioning input was fed in a call, for sites that read it directly; no engine gives inputs back.
+
+    Args:
+        name: the input.
+        seen: the call, with sample and branch of each row.
+        arrays: conditioning of the batch, a row per sample.
+    """
+    return np.stack([
+        arrays[name if branch == CONDITIONAL else f"negative_{name}"][sample]
+        for sample, branch in zip(seen.samples, seen.branches, strict=True)
+    ])  # fmt: skip
+
+
+@contextmanager
+def _looped(
+    reference: OpenBundle, options: EngineOptions, taps: Taps, grams: GramCollector, loop: CalibrationLoop
+) -> Iterator[RunBatch]:
+    """Batches run by the caller's loop."""
+    entry = reference.manifest.graphs["full.float-f32"]
+    denoiser = reference.manifest.denoiser
+    engine = open_engine(ENGINE, reference.path(entry.file), options)
+
+    def run_batch(batch: TrajectoryBatch, observe: Observer) -> None:
+        def denoise(sample: NDArray[Any], timestep: float, **conditioning: NDArray[Any]) -> NDArray[Any]:
+            times = np.full(len(sample), timestep, np.float32)
+            outputs = engine.run({denoiser.sample_input: sample, denoiser.timestep_input: times, **conditioning})
+            values = {name: outputs[name] if name in outputs else conditioning[name] for name in taps.tensors}
+            observe(float(timestep), values)
+            grams.observe(float(timestep), values)
+            return outputs[denoiser.prediction]
+
+        loop(denoise, batch)
+
+    try:
+        yield run_batch
+    finally:
+        engine.close()
+
+
+def loop_key(loop: CalibrationLoop | None) -> str:
+    """What stands for a loop in a stage's key: code cannot be told apart by its text alone."""
+    return "" if loop is None else str(getattr(loop, "cache_key", None) or secrets.token_hex(16))
+
+
+def _selection(
+    recipe: Recipe, batches: Sequence[TrajectoryBatch], programs: Mapping[ProgramChoice, StepProgram], taps: Taps,
+    sample: Callable[[TrajectoryBatch, CallObserver], None],
+) -> Selection:
+    """The calls to look at; where the method asks for it, the first batch runs once more to describe them."""
+    visits = [
+        Visit(batch.index, index, call.key)
+        for batch in batches
+        for index, call in enumerate(programs[batch.program].calls)
+    ]
+    features: dict[float, NDArray[Any]] = {}
+    if needs_features(recipe.selection):
+        deep = [name for name in taps.tensors if "mid_block" in name] or list(taps.products) or list(taps.tensors)
+
+        def describe(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
+            inner = [name for name in deep if name in outputs]
+            # The mean over the rows, guided ones too: what all samples of a timestep have in common.
+            features[seen.call.key] = outputs[inner[len(inner) // 2]].array.mean(axis=0)
+
+        sample(batches[0], describe)
+    return select(recipe.selection, visits, seed=recipe.seed, features=features)
+
+
 def calibration_stage(
     store: StageStore, bundle: OpenBundle, taps: Taps, recipe: Recipe, arrays: Mapping[str, NDArray[Any]],
-    programs: Mapping[ProgramChoice, StepProgram],
+    programs: Mapping[ProgramChoice, StepProgram], loop: CalibrationLoop | None = None,
+    batches: Sequence[TrajectoryBatch] | None = None,
 ) -> tuple[Calibration, StageResult]:
     """`calibrate`, or its earlier result; an interrupted run goes on after its last whole batch."""
     denoiser = bundle.manifest.denoiser
-    batches = trajectory_batches(denoiser, recipe, programs, arrays)
+    batches = trajectory_batches(denoiser, recipe, programs, arrays) if batches is None else batches
     products = taps.products if recipe.weight_method == "gptq" else ()
 
     def make(folder: Path, advance: Advance) -> None:
         checkpoint = folder / "checkpoint"
         found = calibrate(
-            bundle, taps, recipe, arrays=arrays, programs=programs, checkpoint=checkpoint, progress=advance
+            bundle, taps, recipe, arrays=arrays, programs=programs, loop=loop, batches=batches, checkpoint=checkpoint,
+            progress=advance,
         )
         found.grams.save(folder / GRAMS)
         found.statistics.save(folder / STATISTICS_FILE)
         for path in folder.glob("checkpoint*"):
             path.unlink()
+        # Engine and matrices are as large as the model; what comes next reads them from files.
+        del found
+        gc.collect()
 
     result = store.run("calibrate", {
         "denoiser": bundle.manifest.provenance["float_graph"], "inputs of the denoiser": to_data(denoiser),
@@ -147,6 +253,7 @@ def calibration_stage(
         "seeds": [batch.seeds for batch in batches], "arrays": arrays_digest(arrays),
         "step programs": {choice.id: digest(canonical_json(program)) for choice, program in programs.items()},
         "tapped tensors": taps.tensors, "centred tensors": taps.centred, "weight rounding": products,
+        "loop": loop_key(loop), "selection": recipe.selection,
         "threads": recipe.threads, "libraries": libraries("numpy", "onnxruntime"),
         "code": code("quantempo.calib", "quantempo.runtime", "quantempo.contracts", "quantempo.engines.ort",
                      "quantempo.engines.host", "quantempo.stages.calibration"),
@@ -173,8 +280,9 @@ def trajectory_batches(
     return plan_batches(declared, classes=denoiser.classes[0].count if denoiser.classes else None)
 
 
-def _open_with(backend: str) -> Any:
-    return lambda path, options: open_engine(backend, path, options)
+def open_with_default(path: Path, options: EngineOptions) -> Engine:
+    """Open a graph with the engine that calibrates."""
+    return open_engine(ENGINE, path, options)
 
 
 def calibration_programs(
@@ -199,7 +307,8 @@ def calibration_programs(
     return programs
 
 
-def _request(batch: TrajectoryBatch, denoiser: Denoiser, arrays: Mapping[str, NDArray[Any]]) -> Request:
+def sample_request(batch: TrajectoryBatch, denoiser: Denoiser, arrays: Mapping[str, NDArray[Any]]) -> Request:
+    """What a session is asked for a batch; rows of arrays go with seeds."""
     rows = np.array(batch.seeds) % FIRST_SEED
     given = {name: values[rows % len(values)] for name, values in arrays.items()}
     return Request(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,16 @@ Arrays = Mapping[str, NDArray[Any]]
 KINDS = (".npz", ".txt", ".json")
 
 
-def resolve(recipe: Recipe, denoiser: Denoiser, arrays: Arrays) -> tuple[Recipe, Arrays]:
+def resolve(
+    recipe: Recipe, denoiser: Denoiser, arrays: Arrays, encode: Callable[[Sequence[str]], Arrays] | None = None
+) -> tuple[Recipe, Arrays]:
     """The recipe with the labels, and the arrays, that its calibration file holds; both checked.
+
+    Args:
+        recipe: names the file.
+        denoiser: what the model takes.
+        arrays: the caller's.
+        encode: prompts to arrays, for a model that takes text.
 
     Raises:
         RequestError: the file, an array or a label is not what the model takes.
@@ -36,6 +44,8 @@ def resolve(recipe: Recipe, denoiser: Denoiser, arrays: Arrays) -> tuple[Recipe,
             raise _refuse(where, found, "a file of type " + " or ".join(KINDS), "see docs/recipe.md for the formats")
         if path.suffix == ".npz":
             arrays, labels = _read_arrays(path), recipe.classes
+        elif not denoiser.classes and denoiser.arrays and encode is not None:
+            arrays, labels = encode(_entries(path)), recipe.classes
         else:
             labels = _read_labels(path, denoiser)
         # A bundle's recipe names no path of this machine.
@@ -65,17 +75,26 @@ def _read_labels(path: Path, denoiser: Denoiser) -> tuple[int, ...]:
             where, "labels", f"what this model takes: {wanted}",
             "write the arrays to a .npz file" if denoiser.arrays else "leave the file out",
         )
+    (classes,) = denoiser.classes[:1]
+    numbers = {name: int(label) for label, name in classes.names.items()}
+    return tuple(
+        _label(f"{where}, entry {i + 1}", item, numbers, classes.count) for i, item in enumerate(_entries(path))
+    )
+
+
+def _entries(path: Path) -> list[Any]:
+    """The lines of a text file that are not empty, or the items of a JSON list."""
+    where = f"calibration set {path}"
     if path.suffix == ".json":
         listed = parse_json(path.read_bytes(), where)
         if not isinstance(listed, list):
-            raise _refuse(where, f"JSON of type {type(listed).__name__}", "a list of labels or names", "write a list")
+            remedy = "write a list of labels, names or prompts"
+            raise _refuse(where, f"JSON of type {type(listed).__name__}", "a list", remedy)
     else:
         listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not listed:
-        raise _refuse(where, "no label", "at least one", "write one label or class name per line")
-    (classes,) = denoiser.classes[:1]
-    numbers = {name: int(label) for label, name in classes.names.items()}
-    return tuple(_label(f"{where}, entry {i + 1}", item, numbers, classes.count) for i, item in enumerate(listed))
+        raise _refuse(where, "no entry", "at least one", "write one label, class name or prompt per line")
+    return listed
 
 
 def _label(where: str, word: Any, numbers: Mapping[str, int], count: int) -> int:

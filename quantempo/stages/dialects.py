@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.table import ScaleTable
 from quantempo.engines.targets import FloatType, Target, require_format, target
-from quantempo.errors import PlanError
+from quantempo.errors import PlanError, nearest
 from quantempo.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ SHORT: dict[FloatType, str] = {"float32": "f32", "float16": "f16", "bfloat16": "
 FLOAT_TYPES: dict[str, FloatType] = {short: kind for kind, short in SHORT.items()}
 BASE = {"int8": ("ort-f32", "portable-f32"), "fp8": ("fp8-f32",)}
 """Graphs that every bundle of a precision has: what runs, or is simulated, on a CPU."""
+KNOWN = {
+    "int8": (*BASE["int8"], "portable-f16", "portable-bf16"), "fp8": (*BASE["fp8"], "fp8-f16", "fp8-bf16"),
+}
+"""All graphs of a precision."""
 _DIALECTS = {"int8": ("ort", "portable"), "fp8": ("fp8",)}
 
 
@@ -56,12 +60,20 @@ def chosen_graphs(recipe: Recipe) -> GraphChoice:
 
     Raises:
         RequestError: an unknown target.
-        PlanError: a target has no kernels for the recipe's precision.
+        PlanError: a target has no kernels for the recipe's precision, or there is no such graph.
     """
     if recipe.precision == "float32":
         return GraphChoice(())
     profiles = [target(name) for name in recipe.targets]
     names = {*BASE[recipe.precision], *(_best_graph(profile, recipe.precision) for profile in profiles)}
+    for name in recipe.graphs:
+        if name not in KNOWN[recipe.precision]:
+            raise PlanError(
+                "recipe, graphs", found=repr(name), wanted=f"one of {', '.join(KNOWN[recipe.precision])}",
+                cause=f"a misspelling, or a graph of another precision than {recipe.precision}",
+                remedy=nearest(name, KNOWN[recipe.precision]),
+            )
+    names.update(recipe.graphs)
     old = any(bad.rule == "group-norm" for profile in profiles for bad in profile.known_bad)
     return GraphChoice(tuple(sorted(names)), recipe.attention, old)
 
@@ -91,18 +103,16 @@ def quantizes_attention(name: str, attention: Attention) -> bool:
     return (dialect == "fp8" and attention != "float") or (dialect == "portable" and attention == "quantized")
 
 
-def scanned_tensors(graph: Graph, choice: GraphChoice) -> tuple[str, ...]:
-    """The values whose abs-max the chosen graphs need, in graph order."""
-    import onnx_ir as ir
-
+def scanned_tensors(graph: Graph, choice: GraphChoice) -> dict[str, int]:
+    """The values whose abs-max the chosen graphs need, in graph order, with their elements per row of the batch."""
+    from quantempo.export.float_types import float_values
     from quantempo.export.quantize_attention import attention_tensors
 
-    if any(name.endswith("-f16") for name in choice.names):
-        made = (value for node in graph.graph for value in node.outputs)
-        return tuple(str(v.name) for v in made if v.dtype == ir.DataType.FLOAT and not v.is_graph_output())
     if not choice.needs_ranges:
-        return ()
-    return tuple(sorted({*attention_tensors(graph, "fp8"), *attention_tensors(graph, "int8")}))
+        return {}
+    wanted = {*attention_tensors(graph, "fp8"), *attention_tensors(graph, "int8")}
+    everything = any(name.endswith("-f16") for name in choice.names)
+    return {name: size for name, size in float_values(graph).items() if everything or name in wanted}
 
 
 def lower_graphs(

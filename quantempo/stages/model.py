@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from quantempo.calib.trajectories import ProgramChoice
 from quantempo.contracts.codec import canonical_json, digest, from_data, parse_json, to_data
+from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.manifest import Decoder, Denoiser
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram, check_program
@@ -19,7 +21,7 @@ from quantempo.engines.registry import open_engine
 from quantempo.errors import MissingExtra, PlanError
 from quantempo.progress import Advance
 from quantempo.recipe import Recipe
-from quantempo.stages.calibration import ENGINE, Taps, trajectory_batches
+from quantempo.stages.calibration import ENGINE, MAPPED, Taps, trajectory_batches
 from quantempo.stages.conditioning import resolve
 from quantempo.stages.store import StageResult, StageStore
 from quantempo.stages.versions import code, libraries
@@ -116,10 +118,25 @@ def open_model(model: Path, scheduler: Path | None, recipe: Recipe, arrays: Mapp
         # Refused here rather than after minutes of tracing.
         for folder in recipe.schedulers:
             load_scheduler(Path(folder))
-        recipe, arrays = resolve(recipe, family.denoiser(), arrays)
+        recipe, arrays = resolve(recipe, family.denoiser(), arrays, _encoder(model, source, family))
         choices = [ProgramChoice(steps, folder) for folder in ("", *recipe.schedulers) for steps in recipe.steps]
         trajectory_batches(family.denoiser(), recipe, choices, arrays)
     return Opened(source, family, stock, recipe, arrays)
+
+
+def _encoder(
+    model: Path, source: ModelSource, family: Family
+) -> Callable[[Sequence[str]], Mapping[str, NDArray[Any]]] | None:
+    """How prompts become arrays, where the directory is a pipeline."""
+    if source.pipeline is None:
+        return None
+
+    def encode(prompts: Sequence[str]) -> Mapping[str, NDArray[Any]]:
+        from quantempo.export.prompts import encode_prompts
+
+        return encode_prompts(model, [str(prompt) for prompt in prompts], family.denoiser())
+
+    return encode
 
 
 def export_model(opened: Opened, store: StageStore) -> Exported:
@@ -161,12 +178,16 @@ def _programs(store: StageStore, stock: Any, identity: str, steps: list[int]) ->
 
 
 def _denoiser(store: StageStore, source: ModelSource, family: Family) -> StageResult:
-    from quantempo.export.trace import load_denoiser, trace_module, verify_denoiser
+    from quantempo.export.trace import known_outputs, load_denoiser, trace_module, verify_known
 
     def make(folder: Path, advance: Advance) -> None:
         module = load_denoiser(source)
         graph = trace_module(module, family, folder)
-        verify_denoiser(graph, module, family, _run_graph)
+        known = known_outputs(module, family)
+        # Module and engine would each hold all weights; a large model has no room for both.
+        del module
+        gc.collect()
+        verify_known(graph, known, _run_graph)
         (folder / FACTS).write_text(json.dumps({"digest": graph.digest}))
 
     return store.run("denoiser", {
@@ -190,7 +211,7 @@ def _decoder(store: StageStore, vae: Path, sample_shape: tuple[int, ...]) -> Sta
 
 
 def _run_graph(path: Path, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    engine = open_engine(ENGINE, path)
+    engine = open_engine(ENGINE, path, EngineOptions(settings=MAPPED))
     try:
         return engine.run(feeds)
     finally:

@@ -52,7 +52,7 @@ def activation_bits(plan: QuantPlan) -> dict[str, int]:
 
 def scales_stage(
     store: StageStore, calibration: Calibration, calibrated: StageResult, plan: QuantPlan, recipe: Recipe
-) -> ScaleTable:
+) -> tuple[ScaleTable, StageResult]:
     """`scale_table`, or its earlier result."""
 
     def make(folder: Path, advance: Advance) -> None:
@@ -69,13 +69,13 @@ def scales_stage(
     }, make)  # fmt: skip
     where = result.path(PARTITION)
     partition = from_data(Partition, parse_json(where.read_bytes(), str(where)), str(where))
-    return ScaleTable.from_arrays(partition, map_tensors(result.path(TABLES)))
+    return ScaleTable.from_arrays(partition, map_tensors(result.path(TABLES))), result
 
 
 def weights_stage(
     store: StageStore, exported: Exported, plan: QuantPlan, recipe: Recipe, calibration: Calibration,
     calibrated: StageResult, table: ScaleTable,
-) -> Mapping[str, QuantizedWeight]:
+) -> tuple[Mapping[str, QuantizedWeight], StageResult]:
     """The weights in INT8 or FP8, one after another into a file, or an earlier result; they stay in the file."""
     from quantempo.export.fp8 import each_fp8_weight, weight_bytes, weight_values
     from quantempo.export.weights import QuantizedWeight, each_weight, output_axis, wanted_weights
@@ -117,7 +117,7 @@ def weights_stage(
 
     result = store.run("weights", inputs, make)
     flat, quantized = map_tensors(result.path(WEIGHTS)), {site.weight for site in plan.quantized()}
-    return {
+    weights = {
         name: QuantizedWeight(
             weight_values(flat[f"{name}|values"], recipe.precision == "fp8" and name in quantized),
             flat[f"{name}|scale"], output_axis(site),
@@ -125,3 +125,4 @@ def weights_stage(
         )
         for name, (site, _) in wanted.items()
     }
+    return weights, result

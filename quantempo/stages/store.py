@@ -11,6 +11,7 @@ Two processes may share a store: a key is locked while it is made and while its 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -22,7 +23,7 @@ from typing import IO, Any
 
 from quantempo.contracts.codec import canonical_json, digest, from_data, parse_json
 from quantempo.contracts.manifest import FileEntry
-from quantempo.errors import DataError, RequestError
+from quantempo.errors import DataError, DiskFull, RequestError
 from quantempo.progress import Advance, Progress
 from quantempo.runtime.bundle import file_digest
 
@@ -30,6 +31,7 @@ RECORD = "stage.json"
 WORK_VARIABLE, LIMIT_VARIABLE = "QUANTEMPO_WORK", "QUANTEMPO_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0
 KEY_LENGTH = 24
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,21 @@ class StageStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the results, and keep to the limit."""
+        """Release the results, and keep to the limit.
+
+        Raises:
+            DiskFull: the block ended because a file could not be written.
+        """
         self._locks.close()
         if self._limit and kind is None:
             self.trim(self._limit)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise DiskFull(
+                f"disk of {error.filename or self.root}", found=os.strerror(error.errno), wanted="room for the files",
+                cause="the disk, the quota or the limit on file sizes is reached",
+                remedy="make room (`quantempo stages --keep 0` removes results of earlier compiles), or choose another "
+                "disk with --work, and run the same command again: it goes on where it stopped",
+            ) from error
 
     def run(self, stage: str, inputs: Mapping[str, Any], make: Make, *, resumes: bool = False) -> StageResult:
         """The result of a stage.

@@ -13,18 +13,18 @@ from quantempo.contracts.tensors import TensorSpec
 TEACHER = "teacher."
 """Prefix of the teacher's outputs."""
 GIVEN = "given."
-"""Prefix of the cached features that a reusing student was given, as outputs."""
+"""Prefix of inputs of the student that are shown as outputs."""
 
 
 class TaughtBinding:
     """The student's binding; the teacher runs after it."""
 
-    def __init__(self, student: Binding, teacher: Binding, reads: tuple[str, ...]) -> None:
+    def __init__(self, student: Binding, teacher: Binding, shown: tuple[str, ...]) -> None:
         self._student, self._teacher = student, teacher
         self.inputs: Mapping[str, Buffer] = student.inputs
         self.outputs: Mapping[str, Buffer] = {
             **student.outputs, **{TEACHER + name: buffer for name, buffer in teacher.outputs.items()},
-            **{GIVEN + name: student.inputs[name] for name in reads},
+            **{GIVEN + name: student.inputs[name] for name in shown},
         }  # fmt: skip
 
     def run(self) -> None:
@@ -39,17 +39,17 @@ class TaughtEngine:
     Args:
         student: what drives the trajectory.
         teacher: takes a part of the student's inputs.
-        reads: the cached features that the student reads.
+        shown: inputs of the student that an observer wants to see.
     """
 
-    def __init__(self, student: Engine, teacher: Engine, reads: tuple[str, ...] = ()) -> None:
-        self._student, self._teacher, self._reads = student, teacher, reads
+    def __init__(self, student: Engine, teacher: Engine, shown: tuple[str, ...] = ()) -> None:
+        self._student, self._teacher, self._shown = student, teacher, shown
         self.name = f"{student.name}, watched by {teacher.name}"
         self.host = student.host and teacher.host
         self.inputs: Mapping[str, TensorSpec] = student.inputs
         self.outputs: Mapping[str, TensorSpec] = {
             **student.outputs, **{TEACHER + name: spec for name, spec in teacher.outputs.items()},
-            **{GIVEN + name: student.inputs[name] for name in reads},
+            **{GIVEN + name: student.inputs[name] for name in shown},
         }  # fmt: skip
 
     def bind(self, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None = None) -> Binding:
@@ -60,14 +60,14 @@ class TaughtEngine:
             {name: size for name, size in sizes.items() if name in taken},
             {name: student.inputs[name] for name in self._teacher.inputs},
         )
-        return TaughtBinding(student, teacher, self._reads)
+        return TaughtBinding(student, teacher, self._shown)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The student's outputs and the teacher's, on host arrays."""
         taught = self._teacher.run({name: feeds[name] for name in self._teacher.inputs})
         return {
             **self._student.run(feeds), **{TEACHER + name: values for name, values in taught.items()},
-            **{GIVEN + name: feeds[name] for name in self._reads},
+            **{GIVEN + name: feeds[name] for name in self._shown},
         }  # fmt: skip
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ def float_view(exported: Exported, recipe: Recipe) -> OpenBundle:
     """The exported denoiser as a bundle to run, where it lies: no file is copied, and none is a step program."""
     file = exported.graph_file
     names = (file.name, *(f.name for f in [file.with_name(f"{file.name}.data")] if f.is_file()))
-    entry = _entry("full.float-f32", exported.graph, file.name, names[1:])
+    entry = graph_entry("full.float-f32", exported.graph, file.name, names[1:])
     manifest = Manifest(
         name=exported.name, precision="float32", requires=(),
         files={name: FileEntry("", file.with_name(name).stat().st_size) for name in names},
@@ -97,7 +97,7 @@ def _write_common(
         decoder = dataclasses.replace(decoder, graph="decoder.float-f32")
     folder = writer.path("graphs/x").parent
     written = write_graphs(folder, models)
-    entries = {name: _entry(name, models[name], file.file, file.data) for name, file in written.items()}
+    entries = {name: graph_entry(name, models[name], file.file, file.data) for name, file in written.items()}
     files = {}
     for steps, path in exported.programs.items():
         files[str(steps)] = f"programs/{steps:04d}.json"
@@ -114,7 +114,8 @@ def _write_common(
     )
 
 
-def _entry(name: str, model: Graph, file: str, data: Sequence[str]) -> GraphEntry:
+def graph_entry(name: str, model: Graph, file: str, data: Sequence[str]) -> GraphEntry:
+    """The manifest's entry of a graph that was written to `graphs/`."""
     from quantempo.export.graph_files import specs
 
     variant, _, form = name.partition(".")

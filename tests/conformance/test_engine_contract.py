@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,15 @@ import pytest
 
 from quantempo.contracts.engine import Engine, EngineOptions
 from quantempo.contracts.tensors import TensorSpec
+from quantempo.engines import trt_process
+from quantempo.engines.cache import KeyParts, file_entry
+from quantempo.engines.cuda_device import CudaDevice
 from quantempo.engines.echo import EchoGraph, write_echo_graph
 from quantempo.engines.registry import installed_backends, open_engine
-from quantempo.errors import EngineError
+from quantempo.engines.tensorrt import BuildJob, Library, version
+from quantempo.engines.trt_profiles import parse_profile
+from quantempo.engines.trt_record import EngineRecord, PlanRecord, write_record
+from quantempo.errors import EngineError, MissingExtra
 
 INPUTS = (
     TensorSpec("x", "float32", ("batch", 4, 6)), TensorSpec("t", "float32", ("batch",)),
@@ -61,11 +68,38 @@ def made_with_onnx() -> bytes:
     return content
 
 
-MAKERS: dict[str, Callable[[Path], Path]] = {"echo": echo_graph, "ort": onnx_graph, "openvino": onnx_graph}
+def compiled_graph(library: Library, folder: Path) -> Path:
+    """The same graph in the layout of a bundle, with a plan for the GPU beside it where there is one."""
+    (folder / "graphs").mkdir()
+    graph = Path(shutil.copy(STORED, folder / "graphs" / "g.onnx"))
+    try:
+        capability = CudaDevice.open().capability
+    except (EngineError, MissingExtra):
+        return graph
+    place = folder / "engines" / "here"
+    place.mkdir(mode=0o700, parents=True)
+    job = BuildJob(library, str(graph), str(place / "g.plan"), capability, (parse_profile("batch=1:2:8"),))
+    trt_process.build(job)
+    entry = file_entry(place / "g.plan")
+    parts = KeyParts(graph="", backend=library, version=version(library), device=capability)
+    plan = PlanRecord("g.plan", entry, entry.size, parts, job.profiles)
+    write_record(place, EngineRecord("here", library, version(library), capability, "", {"g": plan}))
+    return graph
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "echo": echo_graph, "ort": onnx_graph, "openvino": onnx_graph, "tensorrt": partial(compiled_graph, "tensorrt"),
+    "tensorrt-rtx": partial(compiled_graph, "tensorrt_rtx"),
+}
 
 
 @pytest.fixture(params=installed_backends())
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+    if request.param.startswith("tensorrt"):
+        try:
+            CudaDevice.open()
+        except (EngineError, MissingExtra) as error:
+            pytest.skip(f"{request.param} runs on a GPU: {error.found}")
     return open_engine(request.param, MAKERS[request.param](tmp_path), EngineOptions(threads=1))
 
 

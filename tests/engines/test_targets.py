@@ -14,7 +14,7 @@ from quantempo.errors import PlanError, RequestError
 
 NAMES = (
     "cpu", "openvino", "orin-jp6", "orin-jp7", "thor", "ampere", "ada", "hopper", "blackwell", "rtx-turing",
-    "rtx-ampere", "rtx-ada", "rtx-blackwell",
+    "rtx-a100", "rtx-spark", "rtx-ampere", "rtx-ada", "rtx-blackwell",
 )
 HASWELL = "model name : Xeon E5-2650\nflags : fpu sse4_1 avx avx2 fma\n"
 SKYLAKE = "model name : Xeon Gold\nflags : sse4_1 avx2 avx512f avx512bw\n"

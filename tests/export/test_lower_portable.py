@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -152,10 +153,24 @@ def test_one_symmetric_group_needs_no_arithmetic_around_the_quantizer() -> None:
 def test_the_affine_form_never_grows_a_value_and_undoes_itself() -> None:
     scale = np.array([0.5, 0.031, 7.0, 0.2], np.float32)
     form = AffineForm.of(scale, np.array([3, 128, 255, 90], np.int32), 8)
-    assert form.base == np.float32(0.031)
-    assert form.shrink.max() == 1.0
+    assert form.base == np.float32(2.0**-6)
+    assert 0.5 < form.shrink.max() <= 1.0
     np.testing.assert_allclose(form.shrink * form.grow, 1, rtol=1e-6)
     np.testing.assert_allclose(form.correction, (np.array([3, 128, 255, 90]) - 128) * scale, rtol=1e-6)
+
+
+def test_offsets_are_exact_in_half_precision_wherever_groups_differ() -> None:
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(0.003, 0.3, 40).astype(np.float32)
+    form = AffineForm.of(scale, rng.integers(0, 256, 40).astype(np.int32), 8)
+    for half in (np.float16, ml_dtypes.bfloat16):
+        np.testing.assert_array_equal(form.offset.astype(half).astype(np.float32), form.offset)
+
+
+def test_one_scale_is_kept_as_it_is() -> None:
+    form = AffineForm.of(np.full(3, 0.3, np.float32), np.full(3, 7, np.int32), 8)
+    assert form.base == np.float32(0.3)
+    assert set(form.shrink) == set(form.grow) == {np.float32(1)}
 
 
 def test_kept_sites_with_int8_storage_are_dequantized_by_the_standard_operator(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import tiny_models
+from support.bundle_maker import Shape, make_bundle
 
 import quantempo
 from quantempo import demo as demo_module
@@ -16,7 +17,7 @@ from quantempo.inspection import describe, render
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 
-COMMANDS = ("compile", "sample", "inspect", "report", "demo")
+COMMANDS = ("compile", "plan", "stages", "sample", "inspect", "report", "demo")
 QUICK = ("--samples", 32, "--steps", "4,5", "--guidance", "1.5", "--threads", 1)
 
 
@@ -42,7 +43,7 @@ def test_without_a_command_the_help_is_shown_and_nothing_is_done(cli: Any) -> No
         (("frobnicate",), "No such command 'frobnicate'"),
         (("compile",), "Missing argument"),
         (("compile", "model"), "Missing option '--out'"),
-        (("compile", "model", "-o", "out", "--guidance", "high"), "not a comma-separated list of numbers"),
+        (("compile", "model", "-o", "out", "--steps", "4.5"), "not a comma-separated list of whole numbers"),
         (("compile", "model", "-o", "out", "--seed", "x"), "valid integer"),
         (("sample", "b", "-o", "x.png", "--rng", "dice"), "'dice' is not one of 'philox', 'torch-cpu'"),
         (("inspect", "b", "--jsno"), "No such option: --jsno"),
@@ -73,6 +74,11 @@ def test_our_errors_end_with_1_in_five_parts_and_without_a_traceback(cli: Any, t
         (("--groups", "many"), "groups: found 'many'"),
         (("--range-method", "magic"), "'magic'"),
         (("--guidance=-1",), "recipe, guidance"),
+        (("--guidance", "high"), "guidance: found high, wanted numbers"),
+        (("--guidance", "7..1.5"), "the range is upside down"),
+        (("--selection", "unifrom:0.5"), "did you mean 'uniform'?"),
+        (("--calib-set", "missing.npz"), "calibration set missing.npz: found no such file"),
+        (("--recipe", "missing.yaml"), "recipe missing.yaml: found no such file"),
         (("--plan", "missing.json"), "plan missing.json: found no such file"),
     ],
 )
@@ -154,6 +160,17 @@ def test_a_refused_sample_writes_nothing(cli: Any, dit_bundle: OpenBundle, tmp_p
     assert code == 1
     assert "did you mean 'digit 7'?" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_reuses_features_where_the_bundle_has_a_plan(cli: Any, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", Shape(cached=(4,)))
+    given = ("sample", bundle, "-o", tmp_path / "a.png", "--overwrite", "--engine", "echo", "--class", 1, "--steps")
+    assert "50% of the evaluations reused features" in cli(*given, 4)[1]
+    assert "reused" not in cli(*given, 4, "--cache", "none")[1]
+    code, _, err = cli(*given, 5, "--cache", "plan")
+    assert code == 1
+    assert "'plan' for 5 steps of EchoScheduler, wanted a call that the bundle has a plan for" in err
+    assert cli(*given, 4, "--cache", "always")[0] == 1
 
 
 def test_inspect_shows_facts_for_people_and_for_machines(cli: Any, dit_bundle: OpenBundle) -> None:

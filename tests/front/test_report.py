@@ -14,14 +14,15 @@ import pytest
 from PIL import Image
 
 import quantempo
-from quantempo import pipeline
 from quantempo.calib.ranges import METHODS
 from quantempo.contracts.table import ScaleTable
 from quantempo.demo import JUDGE
 from quantempo.errors import QualityNotReached
+from quantempo.pipeline import compile_model
 from quantempo.quality import psnr_db
 from quantempo.report import ReportOptions, write_report
 from quantempo.runtime.bundle import OpenBundle, read_bundle
+from quantempo.stages import quantizers
 
 OPTIONS = ReportOptions(
     samples=5, population=24, guidance=(1.5, 4.0), steps=4, batch=4, judge=JUDGE, threads=1, timing_rounds=2,
@@ -163,7 +164,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, small: Any) -> tuple[str, A
     """A bundle in which one tensor's scales are eight times too small; its first site, and the report."""
     from support import tiny_models
 
-    made_table, victim = pipeline.scale_table, []
+    made_table, victim = quantizers.scale_table, []
 
     def wrong(*args: Any, **kwargs: Any) -> ScaleTable:
         table = made_table(*args, **kwargs)
@@ -178,10 +179,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory, small: Any) -> tuple[str, A
         return ScaleTable(table.partition, {**table.tensors, site.tensor: small_scales})
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(pipeline, "scale_table", wrong)
+    patch.setattr(quantizers, "scale_table", wrong)
+    patch.setenv("QUANTEMPO_WORK", str(tmp_path_factory.mktemp("work")))
     try:
         path = tmp_path_factory.mktemp("broken") / "bundle"
-        pipeline.compile_model(tiny_models.dit_pipeline(), path, small)
+        compile_model(tiny_models.dit_pipeline(), path, small)
     finally:
         patch.undo()
     options = dataclasses.replace(OPTIONS, population=0, single_scale=False, worst=3, min_psnr_db=90.0)
@@ -201,7 +203,7 @@ def test_a_scale_that_is_eight_times_too_small_is_named_first_and_fails(broken: 
 
 SELF_TEST = """
 <script>
-const slider = document.getElementById("slider"), results = [];
+const results = [];
 slider.value = 20; slider.dispatchEvent(new Event("input"));
 results.push(getComputedStyle(document.getElementById("over")).clipPath);
 document.querySelectorAll("#heat rect")[1].dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));

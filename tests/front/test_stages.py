@@ -185,3 +185,14 @@ def test_the_limit_is_a_number_of_gigabytes(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("QUANTEMPO_CACHE_GB", word)
         with pytest.raises(RequestError, match="QUANTEMPO_CACHE_GB"):
             cache_limit()
+
+
+@pytest.mark.parametrize("words", ["uniform:0.5", "normal:0.5", "density:0.5", "single"])
+def test_a_selection_looks_at_fewer_calls(compile_tiny: Any, tmp_path: Path, words: str) -> None:
+    from quantempo.calib.collect import StatsCollector
+
+    made = compile_tiny(tmp_path / "bundle", selection=words, samples=16, groups="single")
+    assert {"calibrate", "scales", "weights"} <= ran(made)
+    statistics = StatsCollector.load(tmp_path / "bundle" / "report" / "statistics.safetensors")
+    visits = sum(statistics.samples().values()) / 4
+    assert visits == (4 if words == "single" else 8), "of 4 batches with 4 calls each"

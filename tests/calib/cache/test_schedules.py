@@ -78,11 +78,18 @@ def test_last_group_is_shortened_where_the_bounds_cannot_tile_the_program() -> N
         programmed(costs, 3, bounds=(1, 2))
 
 
-def test_weights_move_refreshes_to_the_calls_that_matter() -> None:
+def test_sensitivities_move_refreshes_to_the_calls_that_matter() -> None:
     changes = _walk(12, seed=5)
     late = programmed(changes.costs([0.01] * 6 + [10.0] * 6), 3)
     early = programmed(changes.costs([10.0] * 6 + [0.01] * 6), 3)
     assert sum(c >= 6 for c in late) > sum(c >= 6 for c in early)
+
+
+def test_sensitivities_are_the_cost_of_reusing_the_call_before() -> None:
+    costs = _walk(8).costs(list(range(8)))
+    for call in range(1, 8):
+        assert costs[call - 1, call + 1] == pytest.approx(call)
+        assert costs[call, call + 1] == 0.0
 
 
 def test_streaming_equals_all_pairs_at_once() -> None:

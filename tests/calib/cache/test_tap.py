@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+import quantempo.demo
 from quantempo.calib.cache.tap import SMALLEST, allocate, embedding, mean_cosine, select, similarity
+from quantempo.calib.tuning.router import SublayerBlend
 from quantempo.errors import RequestError
 
 Floats = NDArray[np.float64]
@@ -97,3 +103,46 @@ def test_density_and_diversity_pull_apart() -> None:
     assert min(diverse[8:]) > max(diverse[:8])
     with pytest.raises(RequestError, match="0 samples"):
         allocate(features, 0)
+
+
+# ------------------------------------------------------------------------------------------------- on real trajectories
+
+STEPS, SAMPLES = 12, 16
+
+
+@functools.cache
+def _captured(interval: int) -> Floats:
+    """What leaves the demo DiT's last block on its own trajectories, (steps, samples, size)."""
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    folder = Path(quantempo.demo.__file__).parent / "dit"
+    model = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(STEPS)
+    seen: list[NDArray[np.float32]] = []
+    hook = model.transformer_blocks[-1].register_forward_hook(lambda _, args, out: seen.append(out.numpy()))
+    x = torch.randn((SAMPLES, 4, 16, 16), generator=torch.Generator().manual_seed(3))
+    labels, blend = torch.arange(SAMPLES) % 10, SublayerBlend(model)
+    with torch.no_grad(), blend.active():
+        for index, t in enumerate(scheduler.timesteps):
+            feed = {"hidden_states": x, "timestep": t.expand(SAMPLES), "class_labels": labels}
+            fresh = index % interval == 0
+            out = blend.record(model, feed) if fresh else blend.reuse(model, feed, torch.zeros(len(blend.layers)))
+            x = scheduler.step(out, t, x).prev_sample
+    hook.remove()
+    return np.stack(seen).reshape(STEPS, SAMPLES, -1).astype(np.float64)
+
+
+def test_caching_makes_captured_samples_more_alike() -> None:
+    plain, cached = (_captured(interval) for interval in (1, 3))
+    alike = [np.mean([mean_cosine(run[:, s]) for s in range(SAMPLES)]) for run in (plain, cached)]
+    assert alike[1] > alike[0]
+
+
+def test_selection_from_cached_trajectories_is_less_alike_than_uniform_draws() -> None:
+    pool = _captured(3).reshape(STEPS * SAMPLES, -1)
+    steps = np.repeat(np.arange(STEPS), SAMPLES)
+    rng = np.random.default_rng(0)
+    draws = [mean_cosine(pool[rng.choice(len(pool), 40, replace=False)]) for _ in range(40)]
+    chosen = [mean_cosine(pool[select(pool, steps, 40, seed=seed)]) for seed in range(5)]
+    assert np.mean(chosen) < np.mean(draws)

@@ -1,0 +1,48 @@
+"""A bundle with the activation scales of a checkpoint that another tool calibrated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from quantempo.calib.modelopt import Imported, import_maxima, read_maxima
+from quantempo.devices.rewriting import plan_and_float_graph, quantized_dialects, rewrite_bundle
+from quantempo.runtime.bundle import OpenBundle, read_bundle
+
+
+def with_imported_scales(
+    source: Path, checkpoint: Path, out: Path, overwrite: bool = False
+) -> tuple[OpenBundle, Imported]:
+    """A bundle like another one, down to the integer weights, with the scales of a ModelOpt checkpoint.
+
+    Args:
+        source: a quantized bundle with its reference.
+        checkpoint: see `quantempo.calib.modelopt`.
+        out: the bundle to be.
+        overwrite: replace an older bundle.
+
+    Raises:
+        BundleError: no quantized bundle, or one without its reference.
+        CalibrationError: the checkpoint holds no scales for this model.
+    """
+    from safetensors.numpy import save
+
+    from quantempo.export.graph_files import load_graph
+    from quantempo.export.lower_ort import lower_ort
+    from quantempo.export.lower_portable import lower_portable
+    from quantempo.export.weights import stored_weights
+
+    maxima = read_maxima(checkpoint)
+    bundle = read_bundle(source)
+    plan, graph = plan_and_float_graph(bundle)
+    table = bundle.scale_table()
+    assert table is not None  # a bundle with a plan has a table
+    imported = import_maxima(table, plan, maxima)
+    dialects = quantized_dialects(bundle)
+    weights = stored_weights(load_graph(bundle.path(bundle.manifest.graphs[dialects["ort"]].file)), plan)
+    lower = {"ort": lower_ort, "portable": lower_portable}
+    graphs = {name: lower[dialect](graph, plan, imported.table, weights) for dialect, name in dialects.items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in imported.table.arrays().items()}
+    files = {str(bundle.manifest.tables): save(arrays)}
+    return rewrite_bundle(bundle, out, graphs, files, {}, overwrite), imported

@@ -1,0 +1,96 @@
+"""Another bundle from a finished one: some graphs exchanged or added, everything else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantempo.contracts.manifest import MANIFEST_NAME, GraphEntry
+from quantempo.contracts.plan import QuantPlan
+from quantempo.errors import BundleError
+from quantempo.inspection import REFERENCE, load_plan
+from quantempo.runtime.bundle import OpenBundle, read_bundle
+from quantempo.runtime.bundle_writer import BundleWriter
+
+if TYPE_CHECKING:
+    from quantempo.export.graph_files import Graph
+
+
+def plan_and_float_graph(bundle: OpenBundle) -> tuple[QuantPlan, Graph]:
+    """What a quantized graph can be lowered from again.
+
+    Raises:
+        BundleError: a float bundle, or one without its reference.
+    """
+    from quantempo.export.graph_files import load_graph
+
+    plan = load_plan(bundle)
+    folder = bundle.root / REFERENCE
+    if plan is None or not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{bundle.root}", found="a float bundle" if plan is None else "no float reference beside it",
+            wanted="a quantized bundle with its reference/", cause="it was compiled without a reference",
+            remedy="compile it again with --reference",
+        )
+    reference = read_bundle(folder)
+    return plan, load_graph(reference.path(reference.manifest.graphs["full.float-f32"].file))
+
+
+def quantized_dialects(bundle: OpenBundle) -> dict[str, str]:
+    """Name of the full float32 graph by dialect, as far as this version lowers them."""
+    return {
+        entry.dialect: name for name, entry in bundle.manifest.graphs.items()
+        if entry.variant == "full" and entry.dialect in ("ort", "portable") and entry.float_type == "float32"
+    }
+
+
+def rewrite_bundle(
+    source: OpenBundle,
+    out: Path,
+    graphs: Mapping[str, Graph],
+    files: Mapping[str, bytes],
+    changes: Mapping[str, Any],
+    overwrite: bool = False,
+) -> OpenBundle:
+    """Write a bundle like another one.
+
+    Args:
+        source: verified.
+        out: the bundle to be.
+        graphs: to take the place of graphs of the same name, or to join them; weights that they have in common with
+            the others are stored once.
+        files: other files that are exchanged, by name.
+        changes: fields of the manifest.
+        overwrite: replace an older bundle.
+
+    Raises:
+        OutputExists: `out` is taken.
+    """
+    from quantempo.export.graph_files import load_graph, specs, write_graphs
+
+    manifest = source.manifest
+    every = {name: load_graph(source.path(entry.file)) for name, entry in manifest.graphs.items()} | dict(graphs)
+    with BundleWriter(out, overwrite=overwrite) as writer:
+        written = write_graphs(writer.path("graphs/x").parent, every)
+        entries = {}
+        for name, file in written.items():
+            place = f"graphs/{file.file}", tuple(f"graphs/{data}" for data in file.data)
+            model = every[name].graph
+            if name in manifest.graphs:
+                entries[name] = replace(manifest.graphs[name], file=place[0], data=place[1])
+            else:
+                variant, _, dialect = name.partition(".")
+                entries[name] = GraphEntry(
+                    *place, variant, dialect.removesuffix("-f32"), "float32",  # type: ignore[arg-type]  # our names
+                    specs(model.inputs), specs(model.outputs),
+                )
+        for name in manifest.files:
+            if not name.startswith("graphs/"):
+                if name in files:
+                    writer.add_bytes(name, files[name])
+                else:
+                    writer.add_file(name, source.path(name))
+        bundle = writer.finish(replace(manifest, graphs=entries, **changes))
+    return bundle

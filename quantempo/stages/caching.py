@@ -1,0 +1,262 @@
+"""Feature caching, fitted on the quantized model.
+
+The order matters, because each part is fitted with all earlier ones active: the policy on features of the float model;
+scales of the reusing variant on its own calls of the cached trajectory; the correction of the cached features, then of
+the prediction, then of the latents, each on the trajectory of the quantized, cached model as corrected so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantempo.calib.cache.schedules import (
+    FeatureChanges,
+    Schedule,
+    bounds_of,
+    check_schedule,
+    every,
+    power_law,
+    programmed,
+)
+from quantempo.calib.collect import StatsCollector
+from quantempo.calib.tables import build_table
+from quantempo.contracts import cache as contract
+from quantempo.contracts.cache import FULL, CachePlan, cached_program, check_cache_plan
+from quantempo.contracts.engine import Buffer
+from quantempo.contracts.program import Correct, StepProgram
+from quantempo.contracts.stats import StatsKey, TensorStats
+from quantempo.contracts.table import ScaleTable
+from quantempo.errors import RequestError, nearest
+from quantempo.runtime.loop import Observation
+from quantempo.stages.cache_corrections import StepsFit, fit_corrections
+from quantempo.stages.cache_runs import CacheParts, CacheSettings, Float32s, VariantBench, fitting_runs, program_batches
+from quantempo.stages.quantizers import activation_bits
+
+POLICIES = ("every", "power", "programmed")
+SENSITIVITY_SAMPLES = 8
+@dataclass(frozen=True, eq=False)
+class CacheFit:
+    """All artefacts of caching.
+
+    Args:
+        plan: the cache plan.
+        programs: cached, by number of steps.
+        vectors: for the bundle's vectors file.
+        tables: scales by variant.
+        fits: by number of steps.
+        report: plain data.
+    """
+
+    plan: CachePlan
+    programs: Mapping[int, StepProgram]
+    vectors: Mapping[str, Float32s]
+    tables: Mapping[str, ScaleTable]
+    fits: Mapping[int, StepsFit]
+    report: Mapping[str, Any]
+
+
+def fit_cache(parts: CacheParts, settings: CacheSettings, folder: Path, steps: Sequence[int] = ()) -> CacheFit:
+    """Fit a static cache policy, its scales and its corrections.
+
+    Args:
+        parts: the quantized model.
+        settings: what to fit.
+        folder: an empty folder for graphs; it may be deleted afterwards.
+        steps: numbers of steps; default: those of the recipe.
+
+    Raises:
+        RequestError: a policy that is unknown or out of range.
+        ExportError: the cut does not fit the model.
+    """
+    name, interval = parse_policy(settings.policy)
+    bench = VariantBench(parts, folder, {contract.reuse_name(0): settings.cut}, "feature" in settings.corrections)
+    try:
+        counts = tuple(steps) or parts.recipe.steps
+        plain = {n: parts.exported.program(n) for n in counts}
+        changes = {n: feature_changes(bench, settings, p, bounds_of(interval)[1]) for n, p in plain.items()}
+        weights = {n: sensitivities(bench, settings, p) if name == "programmed" else None for n, p in plain.items()}
+        schedules = {
+            n: schedule_of(name, interval, len(plain[n].calls), list(changes[n].values()), weights[n]) for n in counts
+        }
+        plan = _plan(parts, settings, schedules, plain, interval)
+        cached = {n: cached_program(p, _alone(plan, n), plan.config, bench.set.vectors()) for n, p in plain.items()}
+        tables = variant_tables(bench, settings, cached)
+        bench.quantize(tables)
+        fits = {n: fit_corrections(bench, settings, plain[n], cached[n], schedules[n], changes[n]) for n in counts}
+    finally:
+        bench.close()
+    programs, vectors = {}, {}
+    for n in counts:
+        row = plan.schedules[str(n)].row
+        programs[n] = _shifted(fits[n].program, row)
+        for key, values in fits[n].vectors.items():
+            vectors.setdefault(key, []).append(values)
+    stacked = {key: np.concatenate(values) for key, values in vectors.items()}
+    check_cache_plan(plan, "cache plan")
+    report = {"policy": settings.policy, "steps": {str(n): fit.report() for n, fit in fits.items()}}
+    return CacheFit(plan, programs, stacked, tables, fits, report)
+
+
+def parse_policy(text: str) -> tuple[str, int]:
+    """Name and interval of a static policy.
+
+    Raises:
+        RequestError: not such a word.
+    """
+    name, _, number = text.partition(":")
+    if name not in POLICIES or not number.isdecimal() or int(number) < 1:
+        raise RequestError(
+            "cache policy", found=repr(text), wanted="every:N, power:N or programmed:N, with N of at least 1",
+            cause="a misspelling" if name not in POLICIES else "the interval is missing or not a number",
+            remedy=nearest(name, POLICIES) if name not in POLICIES else f"write for example {name}:2",
+        )
+    return name, int(number)
+
+
+def schedule_of(
+    name: str, interval: int, calls: int, changes: Sequence[FeatureChanges], weights: Sequence[float] | None = None
+) -> Schedule:
+    """The schedule of a policy for a program.
+
+    Args:
+        name: of the policy.
+        interval: mean number of calls per refresh.
+        calls: of the program.
+        changes: of each cached feature; they count by their change relative to their size.
+        weights: sensitivities of the calls, see `FeatureChanges.costs`.
+    """
+    if name == "programmed":
+        costs = sum(c.costs(weights) / max(float(c.size.mean()), np.finfo(np.float64).tiny) for c in changes)
+        return check_schedule(programmed(np.asarray(costs), interval), calls)
+    return every(calls, interval) if name == "every" else power_law(calls, interval)
+
+
+def feature_changes(
+    bench: VariantBench, settings: CacheSettings, program: StepProgram, longest: int
+) -> dict[str, FeatureChanges]:
+    """How each cached feature of the float model moves along one batch of its own trajectories.
+
+    Args:
+        bench: with the cuts.
+        settings: of the runs.
+        program: uncached.
+        longest: the largest group that is looked at.
+    """
+    changes = {name: FeatureChanges(len(program.calls), longest) for name in bench.set.features}
+    loop = bench.loop("float", bench.identity_vectors(len(program.calls)))
+
+    def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
+        for name, each in changes.items():
+            each.observe(seen.index, outputs[name].array)
+
+    bench.run(loop, program, program_batches(bench, settings, program)[0], watch)
+    return changes
+
+
+def sensitivities(bench: VariantBench, settings: CacheSettings, program: StepProgram) -> tuple[float, ...]:
+    """Root mean square error of the final latents when one call alone reuses the features of the call before.
+
+    Measured on the float model, one short run per call; call 0 cannot reuse and has 0.
+    """
+    batch = program_batches(bench, settings, program)[0]
+    few = replace(batch, seeds=batch.seeds[:SENSITIVITY_SAMPLES], labels=batch.labels[:SENSITIVITY_SAMPLES])
+    calls = len(program.calls)
+    loop = bench.loop("float", bench.identity_vectors(calls))
+    wanted = bench.run(loop, program, few).astype(np.float64)
+    names = bench.set.vectors()[contract.reuse_name(0)]
+    found = [0.0]
+    for index in range(1, calls):
+        altered = list(program.calls)
+        altered[index] = replace(
+            altered[index], graph=contract.reuse_name(0), vectors=dict.fromkeys(names, index)
+        )
+        got = bench.run(loop, replace(program, calls=tuple(altered)), few)
+        found.append(float(np.sqrt(np.mean((got - wanted) ** 2))))
+    return tuple(found)
+
+
+def variant_tables(
+    bench: VariantBench, settings: CacheSettings, programs: Mapping[int, StepProgram]
+) -> dict[str, ScaleTable]:
+    """Scales by variant: `full` keeps the model's; a reusing one has its own, from its calls of the cached float runs.
+
+    Groups in which a variant is never called take the statistics of `full` there.
+    """
+    parts, base = bench.parts, bench.parts.statistics.stats()
+    tables = {FULL: parts.table}
+    if not settings.own_scales:
+        return dict.fromkeys(bench.set.variants, parts.table)
+    reusing = [name for name in bench.set.variants if name != FULL]
+    taps = {name: bench.tensors(name) for name in reusing}
+    collectors = {name: StatsCollector(name, taps[name], [t for t in parts.plan.centred if t in taps[name]])
+                  for name in reusing if taps[name]}  # fmt: skip
+
+    def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
+        collector = collectors.get(seen.graph)
+        if collector is not None:
+            values = {tensor: outputs[tensor].array for tensor in taps[seen.graph]}
+            collector.observe(seen.call.key, values, seeds=seen.seeds)
+
+    for program in programs.values():
+        loop = bench.loop("float", bench.identity_vectors(len(program.calls)), taps)
+        fitting_runs(bench, settings, loop, program, watch)
+    bits = activation_bits(parts.plan)
+    for name in reusing:
+        if name not in collectors:
+            tables[name] = parts.table
+            continue
+        cells = _with_gaps_filled(collectors[name].stats(), base, parts.table)
+        chosen = {tensor: bits[tensor] for tensor in taps[name]}
+        centred = [t for t in parts.plan.centred if t in chosen]
+        tables[name] = build_table(cells, parts.table.partition, parts.recipe.range_method, chosen, centred=centred)
+    return tables
+
+
+def _with_gaps_filled(
+    own: Mapping[StatsKey, TensorStats], base: Mapping[StatsKey, TensorStats], table: ScaleTable
+) -> dict[StatsKey, TensorStats]:
+    """A variant's cells; in groups that it never visits, those of the base under the variant's name."""
+    graph = next(iter(own)).graph
+    tensors = {key.tensor for key in own}
+    visited = {(key.tensor, table.partition.group_of(key.key)) for key in own}
+    filled = dict(own)
+    for key, stats in base.items():
+        if key.tensor in tensors and (key.tensor, table.partition.group_of(key.key)) not in visited:
+            filled[replace(key, graph=graph)] = stats
+    return filled
+
+
+def _plan(
+    parts: CacheParts, settings: CacheSettings, schedules: Mapping[int, Schedule], programs: Mapping[int, StepProgram],
+    interval: int,
+) -> CachePlan:
+    reuse, row, made = contract.reuse_name(0), 0, {}
+    for n, refreshes in sorted(schedules.items()):
+        calls = tuple(FULL if i in refreshes else reuse for i in range(len(programs[n].calls)))
+        made[str(n)] = contract.Schedule(calls, row=row)
+        row += len(calls)
+    return CachePlan(
+        model=parts.exported.graph_digest, scheduler=parts.exported.scheduler, config=parts.exported.scheduler_digest,
+        policy=settings.policy, cuts={reuse: settings.cut}, schedules=made, parameters={"interval": float(interval)},
+        corrections=tuple(sorted({"prediction" if c == "history" else c for c in settings.corrections})),
+    )
+
+
+def _alone(plan: CachePlan, steps: int) -> CachePlan:
+    """The plan of one number of steps, with vectors from row 0 on."""
+    return replace(plan, schedules={str(steps): replace(plan.schedules[str(steps)], row=0)})
+
+
+def _shifted(program: StepProgram, rows: int) -> StepProgram:
+    """The program with all vector rows moved."""
+    calls = []
+    for call in program.calls:
+        update = tuple(replace(op, row=op.row + rows) if isinstance(op, Correct) else op for op in call.update)
+        vectors = {name: row + rows for name, row in call.vectors.items()}
+        calls.append(replace(call, update=update, vectors=vectors))
+    return replace(program, calls=tuple(calls))

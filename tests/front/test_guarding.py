@@ -1,0 +1,183 @@
+"""The latency guard in a compile: recorded beside the bundle, said aloud, and followed only where that was asked."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from support import tiny_models
+
+from quantempo.contracts.plan import Keep, Quantize, QuantPlan, Share, Site
+from quantempo.devices import guarding
+from quantempo.devices.guarding import (
+    GuardRecord,
+    SlowerThanFloat,
+    Subject,
+    guard_mode,
+    regions_of,
+    restricted,
+    settle,
+)
+from quantempo.engines.guard import Timing
+from quantempo.errors import NoSites, RequestError
+from quantempo.export import lower_ort
+from quantempo.export.graph_files import load_graph
+from quantempo.export.weights import stored_weights
+from quantempo.inspection import load_plan
+from quantempo.pipeline import compile_model
+from quantempo.runtime.bundle import OpenBundle, read_bundle
+
+QUICK = Timing(rounds=5, warmup=1, sample_s=0.004, margin=0.02)
+
+
+def subject_of(bundle: OpenBundle) -> Subject:
+    reference = read_bundle(bundle.root / "reference")
+    plan, table = load_plan(bundle), bundle.scale_table()
+    assert plan is not None
+    assert table is not None
+    graph = load_graph(reference.path("graphs/full.float-f32.onnx"))
+    weights = stored_weights(load_graph(bundle.path("graphs/full.ort-f32.onnx")), plan)
+    return Subject(graph, reference.manifest.denoiser, plan, table, weights, threads=1)
+
+
+@pytest.fixture(scope="module")
+def subject(dit_bundle: OpenBundle) -> Subject:
+    return subject_of(dit_bundle)
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, guilty: str, rounds: int = 60) -> None:
+    """Plant a region that loses: where a site of it is quantized, its activation first makes a long detour."""
+    real = lower_ort.lower_ort
+
+    def planted(model: ir.Model, plan: QuantPlan, *rest: Any) -> ir.Model:
+        lowered = real(model, plan, *rest)
+        for site in plan.quantized():
+            if guilty in site.id:
+                _detour(lowered, site, rounds)
+        return lowered
+
+    monkeypatch.setattr(lower_ort, "lower_ort", planted)
+
+
+def _detour(model: ir.Model, site: Site, rounds: int) -> None:
+    value = next(v for node in model.graph for v in node.outputs if v.name == site.tensor)
+    uses = list(value.uses())
+    producer = value.producer()
+    assert producer is not None
+    last, after = value, producer
+    for index in range(rounds):
+        node = ir.Node("", "Softplus" if index % 2 else "Tanh", [last], name=f"{site.id}/detour{index}")
+        model.graph.insert_after(after, node)
+        last, after = node.outputs[0], node
+        last.name, last.type, last.shape = f"{site.id}/detour{index}", value.type, value.shape
+    for node, index in uses:
+        node.replace_input_with(index, last)
+
+
+def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert guard_mode(None) == "off", "tests/conftest.py says so"
+    monkeypatch.delenv("QUANTEMPO_GUARD")
+    assert guard_mode(None) == "record"
+    assert guard_mode("revert") == "revert"
+    with pytest.raises(RequestError, match=r"(?s)found 'recrod', wanted off or record or revert.*did you mean"):
+        guard_mode("recrod")
+    monkeypatch.setenv("QUANTEMPO_GUARD", "never")
+    with pytest.raises(RequestError, match="'never'"):
+        guard_mode(None)
+
+
+def test_regions_are_sites_of_one_kind(subject: Subject) -> None:
+    regions = regions_of(subject.plan)
+    sites = [site for region in regions for site in region.sites]
+    assert sorted(sites) == sorted(site.id for site in subject.plan.quantized())
+    (attention,) = (region for region in regions if region.name == "transformer_blocks.*.attn1.to_q")
+    assert {site.rpartition(".")[2] for site in attention.sites} == {"to_q", "to_k", "to_v"}
+    assert {site.split(".")[1] for site in attention.sites} == {"0", "1"}
+
+
+def test_a_restricted_plan_can_be_lowered_and_says_why(subject: Subject) -> None:
+    gone = "transformer_blocks.1.attn1.to_k"
+    owner = subject.plan.decisions[gone]
+    assert isinstance(owner, Quantize), "the case that matters: the owner of a shared scale goes"
+    shared = [name for name, d in subject.plan.decisions.items() if d == Share(gone)]
+    assert len(shared) == 2
+    left = frozenset(site.id for site in subject.plan.quantized()) - {gone}
+    plan, table = restricted(subject.plan, subject.table, left, "too slow")
+    assert plan.decisions[gone] == Keep("too slow")
+    assert plan.decisions[shared[0]] == owner
+    assert plan.decisions[shared[1]] == Share(shared[0])
+    lowered = lower_ort.lower_ort(subject.graph, plan, table, subject.weights)
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in lowered.graph) == len(left)
+    everything = frozenset(site.id for site in subject.plan.quantized())
+    assert restricted(subject.plan, subject.table, everything, "")[0].decisions == subject.plan.decisions
+
+
+def test_off_times_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarding, "compare", lambda *_: pytest.fail("timed"))
+    assert settle(subject, "off").records == ()
+
+
+def test_a_planted_loser_is_recorded_and_said_but_nothing_changes(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, "ff.net.2")
+    monkeypatch.setattr(guarding, "candidates", lambda: ("ort",))
+    with pytest.warns(SlowerThanFloat, match=r"on ort .*regions that lose: .*ff\.net\.2.*guard mode revert"):
+        guarded = settle(subject, "record", QUICK)
+    assert guarded.plan is subject.plan
+    (record,) = guarded.records
+    losing = {item.region for item in record.regions if item.loses}
+    assert "transformer_blocks.*.ff.net.2" in losing
+    assert {item.region for item in record.regions} == {region.name for region in regions_of(subject.plan)}
+
+
+def test_revert_leaves_a_planted_loser_in_float(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the planted region may go: the float twin is slowed as much, so that the rest of the tiny model wins."""
+    slowed(monkeypatch, "ff.net.2")
+    monkeypatch.setattr(guarding, "candidates", lambda: ("ort",))
+    report = _regions_alone(subject)
+    assert "transformer_blocks.0.ff.net.2" in report
+    assert "transformer_blocks.1.ff.net.2" in report
+
+
+def _regions_alone(subject: Subject) -> tuple[str, ...]:
+    maker = guarding._Maker(subject, "ort")
+    region = [r for r in regions_of(subject.plan) if r.name.endswith("ff.net.2")]
+    rest = frozenset(s.id for s in subject.plan.quantized()) - set(region[0].sites)
+    return guarding.revert_losing(region, lambda sites: maker.quantized(rest | sites), maker.twin(), QUICK).revert
+
+
+def test_where_everything_loses_the_compile_stops_with_advice(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, "")
+    monkeypatch.setattr(guarding, "candidates", lambda: ("ort",))
+    warnings.simplefilter("ignore", SlowerThanFloat)  # pytest puts the filters back
+    with pytest.raises(NoSites, match=r"(?s)slower in integers than in float, however.*--dtype float32"):
+        settle(subject, "revert", Timing(rounds=3, warmup=1, sample_s=0.002))
+
+
+def test_a_compile_writes_the_verdict_beside_the_bundle(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarding, "TIMING", Timing(rounds=1, warmup=1, sample_s=0.001))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowerThanFloat)  # a model this small may well lose
+        timed = compile_model(tiny_models.dit_pipeline(), tmp_path / "a", small, guard="record").bundle
+    silent = compile_model(tiny_models.dit_pipeline(), tmp_path / "b", small, guard="off").bundle
+    assert timed.digest == silent.digest, "a recorded verdict must not change the bundle"
+    assert not (silent.root / "engines").exists()
+    for name in guarding.candidates():
+        target = guarding.TARGETS.get(name)
+        if target is None:
+            continue
+        data = json.loads((timed.root / "engines" / target / "engine.json").read_text())
+        assert set(data) <= set(GuardRecord.__dataclass_fields__)
+        assert data["bundle"] == timed.digest
+        assert data["verdict"]["candidate_ms"] > 0
+        assert bool(data.get("regions")) == (name == "ort")
+    read_bundle(timed.root)

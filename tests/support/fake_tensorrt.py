@@ -1,0 +1,145 @@
+"""A stand-in for TensorRT's runtime and for a CUDA device: addresses are host memory, plans are little JSON programs.
+
+It lets everything of `trt_engine` run that is not a call into the real libraries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class FakeDevice:
+    """A device whose memory is the host's.  `log` holds what was asked of it."""
+
+    def __init__(self, capability: str = "8.9") -> None:
+        self.capability, self.name = capability, "a fake device"
+        self.memory: dict[int, Any] = {}
+        self.log: list[str] = []
+
+    def stream(self) -> int:
+        return 7
+
+    def wait(self, stream: int) -> None:
+        assert stream == 7
+
+    def allocate(self, size: int) -> int:
+        block = (ctypes.c_uint8 * max(1, size))()
+        self.memory[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def free(self, address: int) -> None:
+        del self.memory[address]
+
+    def upload(self, address: int, values: np.ndarray, stream: int) -> None:
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+
+    def download(self, values: np.ndarray, address: int, stream: int) -> None:
+        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Callable[[], None]:
+        self.log.append("capture")
+        return work
+
+    def launch_graph(self, graph: Callable[[], None], stream: int) -> None:
+        self.log.append("launch")
+        graph()
+
+    def destroy_graph(self, graph: Callable[[], None]) -> None:
+        self.log.append("destroy")
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        count = int(np.prod(shape))
+        raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address)
+        return np.frombuffer(raw, dtype).reshape(shape)
+
+
+Compute = Callable[[dict[str, np.ndarray]], np.ndarray]
+TYPES = {"sample": "float32", "timestep": "float32", "scale_group": "int64"}
+
+
+class _Context:
+    """Computes `prediction = sample * factor + scale_group`, or what it is given to compute."""
+
+    def __init__(self, device: FakeDevice, factor: float, compute: Compute | None) -> None:
+        self.device, self.factor, self.compute = device, factor, compute
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.profile: int | None = None
+        self.calls = 0
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes["sample"]
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.calls += 1
+        given = {n: self.device.view(self.addresses[n], s, TYPES[n]) for n, s in self.shapes.items()}
+        made = self.compute(given) if self.compute else given["sample"] * self.factor + given["scale_group"]
+        self.device.view(self.addresses["prediction"], self.shapes["sample"], "float32")[...] = made
+        return self.factor != 0
+
+
+class _Plan:
+    def __init__(self, device: FakeDevice, factor: float, compute: Compute | None) -> None:
+        self.device, self.factor, self.compute = device, factor, compute
+
+    def create_execution_context(self) -> _Context:
+        return _Context(self.device, self.factor, self.compute)
+
+
+class FakeLibrary:
+    """What `trt_engine` uses of the module `tensorrt`."""
+
+    def __init__(self, device: FakeDevice, version: str = "1.7.1.116", compute: Compute | None = None) -> None:
+        self.__version__ = version
+        self.refitted: list[str] = []
+        library = self
+
+        class ILogger:
+            class Severity:
+                ERROR, INTERNAL_ERROR = "error", "internal"
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self.logger = logger
+
+            def deserialize_cuda_engine(self, data: bytes) -> _Plan | None:
+                if not data.startswith(b"{"):
+                    self.logger.log("error", "magic tag does not match")
+                    return None
+                return _Plan(device, float(json.loads(data)["factor"]), compute)
+
+        class Refitter:
+            def __init__(self, plan: _Plan, logger: Any) -> None:
+                self.complete = False
+
+            def refit_cuda_engine(self) -> bool:
+                return self.complete
+
+        class OnnxParserRefitter:
+            def __init__(self, refitter: Refitter, logger: Any) -> None:
+                self.refitter = refitter
+
+            def refit_from_file(self, path: str) -> bool:
+                library.refitted.append(path)
+                self.refitter.complete = True
+                return True
+
+        self.ILogger, self.Runtime, self.Refitter = ILogger, Runtime, Refitter
+        self.OnnxParserRefitter = OnnxParserRefitter
