@@ -83,9 +83,11 @@ def open_engine(graph: Path, options: EngineOptions) -> OrtEngine:
     onnx_file.check_external_files(graph)
     if not settings["cache"]:
         return OrtEngine(graph, _session(graph, options, _session_options(settings, options.threads)))
-    entry = EngineCache(Path(settings["cache"])).folder_for(
-        _key_parts(graph, options, settings), lambda folder: save_optimized(graph, options, settings, folder)
-    )
+
+    def build(folder: Path) -> None:
+        save_optimized(graph, options, settings, folder)
+
+    entry = EngineCache(Path(settings["cache"])).folder_for(_key_parts(graph, options, settings), build)
     # What was optimized is opened as it is: a hit costs no optimizer pass.
     session_options = _session_options({**settings, "optimization": "none"}, options.threads)
     return OrtEngine(graph, _session(entry / OPTIMIZED, EngineOptions(), session_options))

@@ -2,7 +2,8 @@
 
 A transformer block's normalized input is `x = y · (1 + scale) + shift`, or a LayerNormalization with a bias.  Many of
 its channels hardly vary from token to token, but lie off zero, elsewhere at every timestep.  Rounding such a channel
-makes the same error in every token and every call, which the sampler adds up.  With a centre `m_g` per channel and group
+makes the same error in every token and every call, which the sampler adds up.  With a centre `m_g` per channel and
+group
 
     x W + b = (x - m_g) W + (b + m_g W)
 

@@ -30,7 +30,8 @@ but the subnormals."""
 
 def to_e4m3(values: NDArray[Any]) -> NDArray[Any]:
     """Round to E4M3, half to even, saturating at ±448: ONNX's QuantizeLinear with scale 1."""
-    return np.clip(values, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    result: NDArray[Any] = np.clip(values, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return result
 
 
 def fp8_scale(largest: NDArray[np.float64] | np.float64) -> NDArray[np.float32]:

@@ -210,4 +210,5 @@ def _row(lowering: Lowering, place: PlacedSite, activation: Rescaled) -> ir.Valu
 def _column_sums(lowering: Lowering, site: Site) -> NDArray[np.float32]:
     if lowering.options.quantization:
         return lowering.weights[site.weight].column_sums()
-    return weight_of(lowering.model, site).sum(0, np.float64).astype(np.float32)
+    sums: NDArray[np.float32] = weight_of(lowering.model, site).sum(0, np.float64).astype(np.float32)
+    return sums

@@ -156,5 +156,6 @@ def _put(graph: ir.Graph, node: ir.Node, index: int, scale: np.float32, kind: Fo
         maker = made.producer()
         assert maker is not None
         maker.name = f"{made.name}/{maker.op_type}"
-    quantized.dtype, real.dtype = zero.dtype, ir.DataType.FLOAT
+    quantized.dtype = ir.DataType.FLOAT8E4M3FN if kind == "fp8" else ir.DataType.INT8
+    real.dtype = ir.DataType.FLOAT
     node.replace_input_with(index, real)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -123,7 +124,8 @@ def predict(
     programs = calibration_programs(recipe, exported.program)
     calls = rows = 0
     keys: set[float] = set()
-    for batch in trajectory_batches(exported.denoiser, recipe, programs, arrays):
+    batches = trajectory_batches(exported.denoiser, recipe, programs, arrays)
+    for batch in batches:
         program = programs[batch.program]
         keys.update(call.key for call in program.calls)
         calls += len(program.calls)
@@ -140,8 +142,10 @@ def predict(
     bundle = weights - 3 * integers + scales + decoder + programs_bytes
     if recipe.reference:
         bundle += weights + decoder + programs_bytes + statistics
+    most = max(len(b.seeds) * (2 if b.guidance > 1 else 1) for b in batches)
+    memory = BASE_BYTES + weights + grams + statistics + 2 * most * _tapped_bytes_per_row(exported.graph, taps)
     return Predictions(
-        calls, rows, round(rows * _seconds_per_row(exported, recipe), 3), BASE_BYTES + weights + grams + statistics,
+        calls, rows, round(rows * _seconds_per_row(exported, recipe), 3), memory,
         bundle, weights + decoder + programs_bytes + grams + statistics + integers + scales,
     )
 
@@ -149,6 +153,16 @@ def predict(
 def graph_bytes(graph: Graph) -> int:
     """Bytes of a graph's weights."""
     return sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
+
+
+def _tapped_bytes_per_row(graph: Graph, taps: Taps) -> int:
+    """Bytes of the tapped tensors for one row; calibration holds each of them twice while it learns their shapes."""
+    total, wanted = 0, set(taps.tensors)
+    for node in graph.graph:
+        for value in node.outputs:
+            if value.name in wanted and value.shape is not None:
+                total += 4 * math.prod(d for d in value.shape if isinstance(d, int))
+    return total
 
 
 def _seconds_per_row(exported: Exported, recipe: Recipe) -> float:

@@ -139,8 +139,8 @@ def on_openvino(results: dict[str, Any]) -> str:
         "## Speed on OpenVINO, 1 pinned thread", "", "```bash",
         "python benchmarks/openvino_speed.py --json docs/openvino_speed.json", "```", "",
         f"{machine['cpu']} ({', '.join(machine['features'])}), OpenVINO {machine['versions']['openvino']}, "
-        f"ONNX Runtime {machine['versions']['onnxruntime']}, torch {machine['versions']['torch']}; batch {results['batch']}, "
-        f"{results['groups']} groups, random weights.", "",
+        f"ONNX Runtime {machine['versions']['onnxruntime']}, torch {machine['versions']['torch']}; "
+        f"batch {results['batch']}, {results['groups']} groups, random weights.", "",
         "| model | INT8 with groups, ms | unquantized rest | over eager float32 | over eager bfloat16 "
         "| over OpenVINO float32 | over ONNX Runtime INT8 | groups over constant scales |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -186,8 +186,8 @@ def beside_nncf(results: dict[str, Any]) -> str:
         cases = found["cases"]
         lines += [
             "",
-            f"Demo {'DiT' if model == 'dit' else 'UNet'}, same-seed PSNR to float in dB, {found['samples']} held-out seeds; "
-            f"NNCF calibrated on {found['nncf_rows']} rows of our calibration:", "",
+            f"Demo {'DiT' if model == 'dit' else 'UNet'}, same-seed PSNR to float in dB, {found['samples']} held-out "
+            f"seeds; NNCF calibrated on {found['nncf_rows']} rows of our calibration:", "",
             f"| model, type of the unquantized rest | {' | '.join(cases)} |", "| --- |" + " --- |" * len(cases),
         ]
         for label in next(iter(cases.values())):

@@ -57,8 +57,8 @@ class StepPolicy:
 def apply_policy(program: StepProgram, policy: StepPolicy) -> StepProgram:
     """The program with the covered steps' calls on the float variant.
 
-    Every call of a covered step changes, so both branches and both halves of a two-call method agree.  A call that reuses
-    or writes cached features stays: the float variant holds none.
+    Every call of a covered step changes, so both branches and both halves of a two-call method agree.  A call that
+    reuses or writes cached features stays: the float variant holds none.
     """
     calls = tuple(
         replace(call, graph=FLOAT_VARIANT)

@@ -176,6 +176,7 @@ def settle(subject: Subject, mode: GuardMode, timing: Timing | None = None) -> G
         maker = _Maker(subject, backend)
         reverted: tuple[str, ...] = ()
         found: tuple[RegionVerdict, ...] = ()
+        verdict: Verdict | None
         if index == 0 and mode == "revert":
             report = revert_losing(regions, maker.quantized, maker.twin(), timing)
             reverted, found, verdict = report.revert, report.regions, report.verdict

@@ -36,9 +36,10 @@ from quantempo.stages.calibration import (
     sample_request,
     trajectory_batches,
 )
+from quantempo.stages.dialects import lower_graphs
 from quantempo.stages.store import StageResult, StageStore
 from quantempo.stages.versions import code, libraries
-from quantempo.stages.writing import GROUP_INPUT, graph_entry, lower_graphs
+from quantempo.stages.writing import GROUP_INPUT, graph_entry
 
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph

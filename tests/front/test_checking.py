@@ -100,7 +100,7 @@ def test_a_number_format_that_the_target_lacks_is_refused_at_once(
     shutil.copytree(dit_bundle.root, copy)
     changed = dataclasses.replace(dit_bundle.manifest, precision="fp8")
     (copy / "manifest.json").write_text(canonical_json(changed))
-    with pytest.raises(PlanError, match=r"found number format 'fp8', wanted one of int8, .*use 'int8'"):
+    with pytest.raises(PlanError, match=r"(?s)found number format 'fp8', wanted one of int8, .*use 'int8'"):
         check_subject(copy, "cpu")
 
 

@@ -87,7 +87,7 @@ def test_cache_explain_names_what_changed(
     quantempo.load(dit_bundle.root, cache=folder).close()
     monkeypatch.setattr(ort, "cpu_features", lambda: CpuFeatures("arm", ("dotprod",)))
     _, out, _ = cli("cache", "explain", dit_bundle.root, "--folder", folder)
-    changed = out.split("changed against")[1].split("\n")
+    changed = out.split("full.ort-f32: miss")[1].split("changed against")[1].split("\n")
     assert changed[1].startswith("  device: arm-")
     assert "(was x86-" in changed[1] or "(was other-" in changed[1]
     assert not changed[2].startswith("  "), "nothing else changed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from quantempo.devices.guarding import (
 )
 from quantempo.engines.guard import Timing
 from quantempo.errors import NoSites, RequestError
-from quantempo.export import lower_ort
+from quantempo.export import for_ort, lower_ort
 from quantempo.export.graph_files import load_graph
 from quantempo.export.weights import stored_weights
 from quantempo.inspection import load_plan
 from quantempo.pipeline import compile_model
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 
-QUICK = Timing(rounds=5, warmup=1, sample_s=0.004, margin=0.02)
+QUICK = Timing(rounds=5, warmup=1, sample_s=0.004, margin=0.02, clock=time.process_time)
+"""One thread's own time: what else the machine does must not decide a test."""
 
 
 def subject_of(bundle: OpenBundle) -> Subject:
@@ -64,7 +66,9 @@ def slowed(monkeypatch: pytest.MonkeyPatch, guilty: str, rounds: int = 60) -> No
 
 
 def _detour(model: ir.Model, site: Site, rounds: int) -> None:
-    value = next(v for node in model.graph for v in node.outputs if v.name == site.tensor)
+    value = next((v for node in model.graph for v in node.outputs if v.name == site.tensor), None)
+    if value is None:
+        return  # the graph reads it from outside, or has drawn it into something else
     uses = list(value.uses())
     producer = value.producer()
     assert producer is not None
@@ -136,19 +140,27 @@ def test_a_planted_loser_is_recorded_and_said_but_nothing_changes(
 
 
 def test_revert_leaves_a_planted_loser_in_float(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the planted region may go: the float twin is slowed as much, so that the rest of the tiny model wins."""
-    slowed(monkeypatch, "ff.net.2")
+    """The float twin makes a longer detour, so that what is left of this tiny model still wins against it."""
+    slowed(monkeypatch, "ff.net.2", rounds=40)
     monkeypatch.setattr(guarding, "candidates", lambda: ("ort",))
-    report = _regions_alone(subject)
-    assert "transformer_blocks.0.ff.net.2" in report
-    assert "transformer_blocks.1.ff.net.2" in report
+    real = for_ort.for_onnxruntime
 
+    def slow_twin(model: ir.Model) -> ir.Model:
+        made = real(model)
+        _detour(made, next(site for site in subject.plan.sites if "ff.net.2" in site.id), 400)
+        return made
 
-def _regions_alone(subject: Subject) -> tuple[str, ...]:
-    maker = guarding._Maker(subject, "ort")
-    region = [r for r in regions_of(subject.plan) if r.name.endswith("ff.net.2")]
-    rest = frozenset(s.id for s in subject.plan.quantized()) - set(region[0].sites)
-    return guarding.revert_losing(region, lambda sites: maker.quantized(rest | sites), maker.twin(), QUICK).revert
+    monkeypatch.setattr(for_ort, "for_onnxruntime", slow_twin)
+    guarded = settle(subject, "revert", QUICK)
+    kept = {name for name, decision in guarded.plan.decisions.items()
+            if isinstance(decision, Keep) and "slower in integers than in float" in decision.reason}  # fmt: skip
+    assert {"transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.2"} <= kept
+    (record,) = guarded.records
+    assert set(record.reverted) == kept
+    assert record.verdict.wins
+    assert guarded.plan.quantized(), "what does not lose stays quantized"
+    assert set(guarded.table.tensors) == set(guarded.plan.scaled_tensors())
+    lower_ort.lower_ort(subject.graph, guarded.plan, guarded.table, subject.weights)
 
 
 def test_where_everything_loses_the_compile_stops_with_advice(
@@ -158,7 +170,7 @@ def test_where_everything_loses_the_compile_stops_with_advice(
     monkeypatch.setattr(guarding, "candidates", lambda: ("ort",))
     warnings.simplefilter("ignore", SlowerThanFloat)  # pytest puts the filters back
     with pytest.raises(NoSites, match=r"(?s)slower in integers than in float, however.*--dtype float32"):
-        settle(subject, "revert", Timing(rounds=3, warmup=1, sample_s=0.002))
+        settle(subject, "revert", Timing(rounds=3, warmup=1, sample_s=0.002, clock=time.process_time))
 
 
 def test_a_compile_writes_the_verdict_beside_the_bundle(
