@@ -138,7 +138,8 @@ def _centre(stats: TensorStats, tensor: str) -> NDArray[np.float32]:
             remedy="calibrate with this plan",
         )
     low, high = stats.channels.astype(np.float64)
-    return ((low + high) / 2).astype(np.float32)
+    middle: NDArray[np.float32] = ((low + high) / 2).astype(np.float32)
+    return middle
 
 
 def _around(stats: TensorStats, centre: NDArray[np.float32], low: float, high: float) -> tuple[float, float]:

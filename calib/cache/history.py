@@ -42,7 +42,8 @@ class HistoryCorrection:
 
 
 def _identity() -> Floats:
-    return np.eye(len(TERMS))[0]
+    first: Floats = np.eye(len(TERMS))[0]
+    return first
 
 
 class _Recent:

@@ -207,7 +207,7 @@ def train_router(
     finally:
         for parameter, flag in frozen:
             parameter.requires_grad_(flag)
-    weights = torch.sigmoid(torch.stack(numbers).detach()).double().numpy()
+    weights = torch.sigmoid(torch.stack(list(numbers)).detach()).double().numpy()
     weights[list(schedule)] = 1.0
     return Router(weights, schedule, tuple(losses))
 

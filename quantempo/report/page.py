@@ -140,10 +140,10 @@ def chart(row: dict[str, Any], partition: Partition) -> str:
     span = max(top - bottom, 1e-9)
 
     def x(key: float) -> float:
-        return INSET + (key - left) / (right - left) * (width - INSET - 6)
+        return float(INSET + (key - left) / (right - left) * (width - INSET - 6))
 
     def y(value: float) -> float:
-        return 8 + (top - value) / span * (height - 30)
+        return float(8 + (top - value) / span * (height - 30))
 
     def line(values: list[float], stroke: str) -> str:
         points = " ".join(f"{x(k):.1f},{y(v):.1f}" for k, v in zip(keys, values, strict=True))

@@ -150,7 +150,7 @@ def hard_batches(
         ((error, b, row) for b, found in enumerate(errors) for row, error in enumerate(found)),
         key=lambda item: (-item[0], item[1], item[2]),
     )[:count]
-    made = []
+    made: list[TrajectoryBatch] = []
     for b in sorted({b for _, b, _ in ranked}):
         rows = sorted(row for _, batch, row in ranked if batch == b)
         batch = batches[b]
