@@ -252,6 +252,8 @@ def run_calibration(
                 raise
             failures.append(Failure(batch.index, len(batch.seeds), _first_line(error)))
             run.restore()
+        else:
+            run.save(batch)
         if progress is not None:
             progress(len(run.done) + len(failures), len(batches))
     if failures:
@@ -293,7 +295,7 @@ class _Calibration:
             self._companion.restore(self._aside(len(self.done)))
 
     def batch(self, batch: TrajectoryBatch) -> None:
-        """Run one batch and save."""
+        """Run one batch."""
         calls = 0
 
         def observe(key: float, taps: Mapping[str, NDArray[Any]], branch: str = "") -> None:
@@ -310,6 +312,9 @@ class _Calibration:
                 cause=f"the program never calls graph {self.collector.graph!r}",
                 remedy="calibrate with a program that calls it",
             )
+
+    def save(self, batch: TrajectoryBatch) -> None:
+        """Count a batch as done; what cannot be written is the disk's failure, not the batch's."""
         self.done.append(batch.index)
         if self._checkpoint is not None:
             # First the companion, under a name of its own: whenever the process dies, the pair fits together.

@@ -13,7 +13,16 @@ from quantempo.contracts.program import LATENTS, Correct, check_program
 from quantempo.contracts.variants import Variant, check_variants
 from quantempo.errors import ExportError, RequestError
 from quantempo.export.weights import quantize_weights
-from quantempo.pipeline import calibrate, export_model, float_view, open_model, open_store, plan_stage, scale_table
+from quantempo.pipeline import (
+    calibrate,
+    calibration_programs,
+    export_model,
+    float_view,
+    open_model,
+    open_store,
+    plan_stage,
+    scale_table,
+)
 from quantempo.progress import SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.stages.cache_runs import (
@@ -40,7 +49,8 @@ def parts(small: Recipe) -> Iterator[CacheParts]:
         exported = export_model(opened, store)
         plan, _ = plan_stage(store, exported, recipe, None)
         view = float_view(exported, recipe)
-        statistics = calibrate(view, plan, recipe).statistics
+        programs = calibration_programs(recipe, exported.program)
+        statistics = calibrate(view, plan, recipe, programs=programs).statistics
         table = scale_table(statistics, plan, recipe.groups, recipe.range_method)
         weights = quantize_weights(exported.graph, plan, "mse")
         yield CacheParts(exported, plan, table, weights, statistics, view.manifest, recipe, {})
