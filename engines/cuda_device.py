@@ -33,7 +33,8 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self._runtime, self._driver = _bindings("runtime"), _bindings("driver")
-        self._kernels: dict[str, tuple[Any, Any]] = {}
+        self._kernels: dict[tuple[str, str], Any] = {}
+        self._modules: dict[str, Any] = {}
         count = self._count()
         if not count:
             raise EngineError(
@@ -102,6 +103,7 @@ class CudaDevice:
         """Address of fresh memory, zeroed."""
         address = int(self.check(self._runtime.cudaMalloc(max(1, size))))
         self.check(self._runtime.cudaMemset(address, 0, max(1, size)))
+        self.wait(0)  # zeros are written in the default stream, which others do not wait for
         return address
 
     def free(self, address: int) -> None:
@@ -168,11 +170,14 @@ class CudaDevice:
         )
 
     def _function(self, source: str, kernel: str) -> Any:
-        if kernel not in self._kernels:
+        if source not in self._modules:
             binary = compile_cubin(source, "sm_" + self.capability.replace(".", ""))
-            module = self.check(self._driver.cuModuleLoadData(np.frombuffer(binary, np.uint8).ctypes.data))
-            self._kernels[kernel] = (module, self.check(self._driver.cuModuleGetFunction(module, kernel.encode())))
-        return self._kernels[kernel][1]
+            address = np.frombuffer(binary, np.uint8).ctypes.data
+            self._modules[source] = self.check(self._driver.cuModuleLoadData(address))
+        if (source, kernel) not in self._kernels:
+            module = self._modules[source]
+            self._kernels[source, kernel] = self.check(self._driver.cuModuleGetFunction(module, kernel.encode()))
+        return self._kernels[source, kernel]
 
 
 def compile_cubin(source: str, architecture: str) -> bytes:

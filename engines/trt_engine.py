@@ -7,7 +7,7 @@ sets itself up then), the second is captured, and from then on a call is one gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from quantempo.contracts.engine import Buffer, EngineOptions, dtype_of
 from quantempo.contracts.tensors import TensorSpec
+from quantempo.engines.device_math import MOST_TERMS, DeviceMath
 from quantempo.engines.host import HostEngine
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.shapes import check_array, shown
@@ -32,8 +33,9 @@ from quantempo.engines.trt_words import unknown_setting
 from quantempo.errors import EngineError
 
 Array = NDArray[Any]
-SETTINGS = {"target": ("a target that was built",), "cuda_graph": ("on", "off")}
-"""What `EngineOptions.settings` may hold: whose engines to load, and whether calls are captured as CUDA graphs."""
+SETTINGS = {"target": ("a target that was built",), "cuda_graph": ("on", "off"), "registers": ("device", "host")}
+"""What `EngineOptions.settings` may hold: whose engines to load, whether calls are captured as CUDA graphs, and where
+registers and guidance are computed."""
 
 
 class Device(Protocol):
@@ -65,6 +67,12 @@ class Device(Protocol):
     def download(self, values: Array, address: int, stream: int) -> None:
         """Device to host."""
 
+    def copy(self, to: int, source: int, size: int, stream: int) -> None:
+        """Within the device."""
+
+    def launch(self, source: str, kernel: str, count: int, arguments: Sequence[Any], stream: int) -> None:
+        """Queue a kernel."""
+
     def capture(self, stream: int, work: Any) -> Any:
         """A graph of what `work` queues."""
 
@@ -94,9 +102,9 @@ def open_plan(graph: Path, options: EngineOptions, library: str, trt: Any, devic
             str(graph), found="no such file", wanted="an ONNX graph file of a bundle", cause="a wrong path",
             remedy="look at the path again",
         )
-    settings = {"target": "", "cuda_graph": "on", **options.settings}
+    settings = {"target": "", "cuda_graph": "on", "registers": "device", **options.settings}
     for key, value in settings.items():
-        if key not in SETTINGS or (key == "cuda_graph" and value not in SETTINGS[key]):
+        if key not in SETTINGS or (key != "target" and value not in SETTINGS[key]):
             raise unknown_setting(graph.name, f"{key}={value}", SETTINGS.get(key, tuple(SETTINGS)))
     if options.extra_outputs:
         raise EngineError(
@@ -114,7 +122,7 @@ def open_plan(graph: Path, options: EngineOptions, library: str, trt: Any, devic
 
         device = CudaDevice.open()
     require_fit(str(folder), record, str(trt.__version__), device.capability)
-    return TrtEngine(trt, device, graph.parent / f"{name}.onnx", record, name, data, settings["cuda_graph"] == "on")
+    return TrtEngine(trt, device, graph.parent / f"{name}.onnx", record, name, data, settings)
 
 
 class TrtEngine(HostEngine):
@@ -123,11 +131,13 @@ class TrtEngine(HostEngine):
     host = False
 
     def __init__(
-        self, trt: Any, device: Device, graph: Path, record: EngineRecord, name: str, plan: bytes, capture: bool
+        self, trt: Any, device: Device, graph: Path, record: EngineRecord, name: str, plan: bytes,
+        settings: Mapping[str, str],
     ) -> None:
         structure = read_graph(graph)
         super().__init__(f"{record.backend} {name}", structure.inputs, structure.outputs)
-        self.device, self.capture = device, capture
+        self.device, self.capture = device, settings["cuda_graph"] == "on"
+        self._computes = settings["registers"] == "device"
         self.profiles: tuple[Profile, ...] = record.plans[name].profiles
         self.stream = device.stream()
         self._errors: list[str] = []
@@ -156,6 +166,11 @@ class TrtEngine(HostEngine):
         self._check_bind(sizes, share)
         return TrtBinding(self, sizes, choose(self.name, self.profiles, sizes), share)
 
+    @property
+    def math(self) -> TrtMath | None:
+        """Arithmetic on this engine's buffers, in its stream; `None` with the setting `registers=host`."""
+        return TrtMath(self) if self._computes else None
+
     def _release(self) -> None:
         self.plan = None
 
@@ -176,12 +191,13 @@ class DeviceBuffer:
     """Device memory of one bound tensor."""
 
     def __init__(
-        self, engine: TrtEngine, spec: TensorSpec, shape: tuple[int, ...], owner: DeviceBuffer | None = None
+        self, engine: TrtEngine, spec: TensorSpec, shape: tuple[int, ...], owner: DeviceBuffer | None = None,
+        offset: int = 0,
     ) -> None:
         self.spec, self.shape = spec, shape
         self._engine, self._owner = engine, owner  # the owner lives as long as its memory is used
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype_of(spec).itemsize
-        self.address: int = engine.device.allocate(self.nbytes) if owner is None else owner.address
+        self.address: int = engine.device.allocate(self.nbytes) if owner is None else owner.address + offset
 
     def __del__(self) -> None:
         if self._owner is None and hasattr(self, "address"):
@@ -277,3 +293,71 @@ def _buffer(
             remedy="bind both with the same sizes",
         )
     return DeviceBuffer(engine, spec, shape, other)
+
+
+class TrtMath:
+    """`quantempo.contracts.engine.BufferMath` over device buffers, in the stream of one engine."""
+
+    most_terms = MOST_TERMS
+
+    def __init__(self, engine: TrtEngine) -> None:
+        self._engine = engine
+        self._math = DeviceMath(engine.device, engine.stream)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str = "float32") -> DeviceBuffer:
+        """See `BufferMath.allocate`."""
+        return DeviceBuffer(self._engine, TensorSpec("register", dtype, shape), shape)
+
+    def rows(self, buffer: Buffer, first: int, count: int) -> DeviceBuffer:
+        """See `BufferMath.rows`."""
+        owner = _on_device(buffer)
+        shape = (count, *owner.shape[1:])
+        return DeviceBuffer(self._engine, owner.spec, shape, owner, first * (owner.nbytes // owner.shape[0]))
+
+    def copy(self, source: Buffer, out: Buffer) -> None:
+        """See `BufferMath.copy`."""
+        given = _on_device(source)
+        self._engine.device.copy(_on_device(out).address, given.address, given.nbytes, self._engine.stream)
+
+    def lin(self, terms: Sequence[tuple[Buffer, float]], out: Buffer) -> None:
+        """See `BufferMath.lin`."""
+        self._math.lin([(_on_device(b).address, weight) for b, weight in terms], _on_device(out).address, _count(out))
+
+    def clamp(self, source: Buffer, low: float, high: float, out: Buffer) -> None:
+        """See `BufferMath.clamp`."""
+        self._math.clamp(_on_device(source).address, low, high, _on_device(out).address, _count(out))
+
+    def correct(self, source: Buffer, gain: Buffer, bias: Buffer, out: Buffer) -> None:
+        """See `BufferMath.correct`."""
+        given, by, plus, to = (_on_device(each).address for each in (source, gain, bias, out))
+        channels = out.shape[1]
+        inner = _count(out) // (out.shape[0] * channels)
+        self._math.correct(given, by, plus, channels, inner, to, _count(out))
+
+    def guide(
+        self, conditional: Buffer, unconditional: Buffer, null_rows: Buffer, scales: Buffer, rescale: float, out: Buffer
+    ) -> None:
+        """See `BufferMath.guide`."""
+        given, null, rows, weights, to = (
+            _on_device(each).address for each in (conditional, unconditional, null_rows, scales, out)
+        )
+        samples = out.shape[0]
+        self._math.guide(given, null, rows, weights, to, (samples, _count(out) // samples), rescale)
+
+    def wait(self) -> None:
+        """See `BufferMath.wait`."""
+        self._engine.device.wait(self._engine.stream)
+
+
+def _on_device(buffer: Buffer) -> DeviceBuffer:
+    if isinstance(buffer, DeviceBuffer):
+        return buffer
+    raise EngineError(
+        f"device registers: buffer {buffer.spec.name!r}", found="memory of another engine",
+        wanted="memory of the device",
+        cause="graphs of one program were opened with different engines", remedy="open them all with one engine",
+    )
+
+
+def _count(buffer: Buffer) -> int:
+    return int(np.prod(buffer.shape, dtype=np.int64))

@@ -160,6 +160,10 @@ class _Conversion:
             return maker is not None and self.reasons.get(maker) == "around a quantizer"
         if node.op_type == "Gather":
             return node.inputs[1] is not None and node.inputs[1].name == GROUP_INPUT
+        if node.op_type == "Split":
+            # The looked-up numbers of the whole graph come out of one row.
+            row = first.producer() if first is not None else None
+            return row is not None and self.reasons.get(row) == "around a quantizer"
         if node.op_type not in ("Mul", "Add", "Clip"):
             return False
         # What ends a site has taken over the site's name, so the node's own name counts too.

@@ -70,10 +70,10 @@ class Combine:
 
     def __init__(self, scales: Sequence[float], rescale: float, shape: tuple[int, ...]) -> None:
         self.guided = tuple((i, float(scale)) for i, scale in enumerate(scales) if scale > 1.0)
-        self._rescale = rescale
+        self.rescale = rescale
         self._wide = [np.empty(shape, np.float64) for _ in range(3)]
         self._rows = (np.empty(math.prod(shape), np.float64), np.empty(math.prod(shape), np.float64))
-        self._batch = len(scales)
+        self.batch = len(scales)
 
     def __call__(self, conditional: Float32s, unconditional: Float32s, out: Float32s) -> None:
         """Fill `out`.
@@ -83,7 +83,7 @@ class Combine:
             unconditional: (guided samples, …).
             out: (batch, …).
         """
-        if len(self.guided) < self._batch:
+        if len(self.guided) < self.batch:
             np.copyto(out, conditional)
         cond, null, result = self._wide
         for row, (sample, scale) in enumerate(self.guided):
@@ -92,8 +92,8 @@ class Combine:
             np.subtract(cond, null, out=result)
             np.multiply(result, scale, out=result)
             np.add(null, result, out=result)
-            if self._rescale:
-                factor = self._rescale * (self._deviation(cond) / self._deviation(result)) + (1.0 - self._rescale)
+            if self.rescale:
+                factor = self.rescale * (self._deviation(cond) / self._deviation(result)) + (1.0 - self.rescale)
                 np.multiply(result, factor, out=result)
             np.copyto(out[sample], result, casting="same_kind")
 

@@ -27,21 +27,24 @@ Conditioning = Mapping[str, tuple[Array, "Array | None"]]
 
 
 class Port:
-    """One side of a bound tensor as a host array: the buffer itself, or a copy that is moved over on demand."""
+    """One side of a bound tensor as a host array: the buffer itself, or a copy that is moved over on demand.
+
+    `buffer` is what is not host memory, else `None`.
+    """
 
     def __init__(self, buffer: Buffer, host: bool) -> None:
-        self._buffer = None if host else buffer
+        self.buffer = None if host else buffer
         self.array: Array = buffer.array if host else np.zeros(buffer.shape, dtype_of(buffer.spec))
 
     def push(self) -> None:
         """Make what was written to `array` visible to the engine."""
-        if self._buffer is not None:
-            self._buffer.upload(self.array)
+        if self.buffer is not None:
+            self.buffer.upload(self.array)
 
     def pull(self) -> None:
         """Make what the engine wrote visible in `array`."""
-        if self._buffer is not None:
-            np.copyto(self.array, self._buffer.download())
+        if self.buffer is not None:
+            np.copyto(self.array, self.buffer.download())
 
 
 @dataclass(frozen=True)

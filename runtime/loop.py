@@ -2,8 +2,9 @@
 
 A call is: feed the graph (linear forms of registers, timestep, scale group, vectors), run the engine, hand its buffers
 to the observer, combine the branches, run the call's register operations.  All memory is allocated when a run is
-planned; buffers of an engine with host memory are used in place.  Where rows decide for themselves whether they reuse
-cached features, those that differ from the rest are run apart (`quantempo.runtime.feature_cache`).
+planned; registers are where the engine's buffers are (`quantempo.runtime.arithmetic`).  Where rows decide for
+themselves whether they reuse cached features, those that differ from the rest are run apart
+(`quantempo.runtime.feature_cache`).
 
 A `Loop` is not thread-safe: it owns its bindings.
 """
@@ -22,13 +23,13 @@ from numpy.typing import NDArray
 from quantempo.contracts.engine import Binding, Buffer, Engine
 from quantempo.contracts.manifest import Denoiser
 from quantempo.contracts.partition import Partition
-from quantempo.contracts.program import INDICATOR, LATENTS, PREDICTION, Call, Decide, StepProgram
+from quantempo.contracts.program import INDICATOR, Call, Decide, StepProgram
 from quantempo.contracts.variants import Variant, Vectors, check_variants
 from quantempo.errors import EngineError, RequestError
+from quantempo.runtime.arithmetic import plan_arithmetic
 from quantempo.runtime.feature_cache import Decisions, chunks
 from quantempo.runtime.guidance import Combine, Mode, Rows, plan_rows
 from quantempo.runtime.lanes import Lane, Lanes, Model
-from quantempo.runtime.registers import Registers
 from quantempo.runtime.rng import NoiseSource
 
 Float32s = NDArray[np.float32]
@@ -180,7 +181,7 @@ class Loop:
         ended = time.perf_counter()
         tallies = run.tallies.values()
         return LoopResult(
-            run.registers[LATENTS].copy(), sum(t.seconds for t in tallies), ended - planned,
+            run.arithmetic.latents(), sum(t.seconds for t in tallies), ended - planned,
             sum(t.runs for t in tallies), planned - started, run.rows, run.reused, run.tallies,
         )
 
@@ -211,30 +212,19 @@ class _Run:
         self._loop, self._program, self._request = loop, program, request
         model = loop._model
         shape = (request.batch, *model.denoiser.latents_shape)
-        self.registers = Registers(program.registers(), shape, model.vectors)
         rows = plan_rows(request.guidance, request.mode)
         self._lanes = loop._lanes.plan(program, rows, request.conditioning)
         self._seeds = tuple(request.seeds) or (0,) * request.batch
         self._decisions = [Decisions(len(each)) for each in rows]
         self._variants = model.variants
         self._exchanging = {name for name, v in model.variants.items() if v.reads or v.writes}
-        self._combine = Combine(request.guidance, request.rescale, shape[1:])
-        self._combined: Float32s = np.empty(shape, np.float32)
+        combine = Combine(request.guidance, request.rescale, shape[1:])
+        self.arithmetic = plan_arithmetic(model, program, self._lanes, combine, request.noise)
         self._notified = False
         self.tallies: dict[str, Tally] = {}
         self.rows = 0
         self.reused = 0
-        self._start()
-
-    def _start(self) -> None:
-        for index, state in enumerate(self._program.state):
-            register = self.registers[state.name]
-            if index == 0 and self._request.latents is not None:
-                np.copyto(register, self._request.latents)
-            else:
-                self._request.noise.draw(0, register)
-            scaled = register.astype(np.float64) * state.initial_scale
-            np.copyto(register, scaled, casting="same_kind")
+        self.arithmetic.start(program.state, request.latents)
 
     def calls(self) -> None:
         """Run all calls."""
@@ -246,15 +236,17 @@ class _Run:
             self._call(index, call)
             if self._request.on_step and (index + 1 == len(calls) or calls[index + 1].step != call.step):
                 self._report(call.step, first)
+        self.arithmetic.wait()
 
     def _call(self, index: int, call: Call) -> None:
         group = self._group(call)
-        lanes = self._lanes
-        for number, lane in enumerate(lanes):
-            self._feed(call, lane, lanes[0])
+        arithmetic = self.arithmetic
+        for number, lane in enumerate(self._lanes):
+            arithmetic.feed(call, number)
             lane.set_scalars(call.timestep, group)
             if call.vectors:
                 lane.set_vectors(call.vectors)
+            arithmetic.wait()
             here = _Here(index, call, group)
             self.rows += len(lane.rows)
             if call.decide is None:
@@ -263,10 +255,9 @@ class _Run:
                     self._account(call.graph, number, len(lane.rows))
             else:
                 self._decide(here, call.decide, lane, self._decisions[number])
-            lane.prediction.pull()
-        self.registers.place(PREDICTION, self._guided(lanes))
+        arithmetic.combine()
         for operation in call.update:
-            self.registers.apply(operation, self._request.noise)
+            arithmetic.apply(operation)
 
     def _evaluate(self, here: _Here, variant: str, binding: Binding, rows: Rows) -> None:
         started = time.perf_counter()
@@ -309,28 +300,6 @@ class _Run:
                 self._evaluate(here, variant, part.binding, lane.rows.pick(rows))
                 part.scatter(rows)
 
-    def _feed(self, call: Call, lane: Lane, first: Lane) -> None:
-        batch = self._request.batch
-        for name, terms in call.inputs.items():
-            port = lane.ports[name]
-            if lane is first:
-                self.registers.lin(terms, port.array[:batch])
-                for row in range(batch, len(lane.rows)):
-                    port.array[row] = port.array[lane.rows.samples[row]]
-            else:
-                for row, sample in enumerate(lane.rows.samples):
-                    port.array[row] = first.ports[name].array[sample]
-            port.push()
-
-    def _guided(self, lanes: list[Lane]) -> Float32s:
-        batch = self._request.batch
-        prediction: Float32s = lanes[0].prediction.array
-        if not self._combine.guided:
-            return prediction
-        null = prediction[batch:] if len(lanes) == 1 else lanes[1].prediction.array
-        self._combine(prediction[:batch], null, self._combined)
-        return self._combined
-
     def _group(self, call: Call) -> int | None:
         partition = self._loop._partition
         if partition is None:
@@ -347,15 +316,16 @@ class _Run:
 
     def _report(self, step: int, timestep: float) -> None:
         assert self._request.on_step is not None
-        latents = self.registers[LATENTS]
-        replaced = self._request.on_step(step, timestep, latents.copy())
+        latents = self.arithmetic.latents()
+        shape, dtype = latents.shape, latents.dtype
+        replaced = self._request.on_step(step, timestep, latents)
         if replaced is None:
             return
         array = np.asarray(replaced)
-        if array.shape != latents.shape or array.dtype != latents.dtype:
+        if array.shape != shape or array.dtype != dtype:
             raise RequestError(
                 f"callback after step {step}: latents", found=f"{array.dtype} {array.shape}",
-                wanted=f"float32 {latents.shape}", cause="the callback returned other latents than it was given",
+                wanted=f"float32 {shape}", cause="the callback returned other latents than it was given",
                 remedy="return an array of the same shape and type",
             )
-        np.copyto(latents, array)
+        self.arithmetic.replace(array)

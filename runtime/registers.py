@@ -10,10 +10,19 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.contracts.program import Clamp, Correct, Lin, Noise, Operation, Terms
+from quantempo.contracts.program import Clamp, Correct, Lin, Noise, Operation, State, Terms
 from quantempo.runtime.rng import NoiseSource
 
 Float32s = NDArray[np.float32]
+
+
+def draw_initial(state: State, given: Float32s | None, noise: NoiseSource, out: Float32s) -> None:
+    """Fill `out` with a state's start: the given standard normals, or drawn ones, times its initial scale."""
+    if given is None:
+        noise.draw(0, out)
+    else:
+        np.copyto(out, given)
+    np.copyto(out, out.astype(np.float64) * state.initial_scale, casting="same_kind")
 
 
 class Registers:

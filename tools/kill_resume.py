@@ -110,6 +110,15 @@ def one_round(args: argparse.Namespace, place: Path, after: float, from_traces: 
     return Round(round(after, 2), stage, from_traces, state, tree(out) == wanted, left)
 
 
+def report(args: argparse.Namespace, rounds: list[Round], times: list[float]) -> None:
+    """Write what is known so far."""
+    if args.json:
+        facts = {"kills": len(rounds), "clean": sum(r.clean for r in rounds), "seed": args.seed,
+                 "samples": args.samples, "seconds": [round(t, 1) for t in times],
+                 "rounds": [asdict(r) for r in rounds]}  # fmt: skip
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def main() -> int:
     """Run all rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,13 +155,9 @@ def main() -> int:
             rounds.append(one_round(args, place, after, from_traces, wanted, older))
             print(f"{index + 1:3} killed after {after:6.1f} s in {rounds[-1].stage}: "
                   f"{'clean' if rounds[-1].clean else rounds[-1]}", flush=True)
+            report(args, rounds, times)
     clean = sum(r.clean for r in rounds)
     print(f"{clean} of {len(rounds)} clean; undisturbed: {times[0]:.1f} s, from traces {times[1]:.1f} s")
-    if args.json:
-        facts = {"kills": len(rounds), "clean": clean, "seed": args.seed, "samples": args.samples,
-                 "seconds": [round(t, 1) for t in times],
-                 "rounds": [asdict(r) for r in rounds]}  # fmt: skip
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
     return 0 if clean == len(rounds) else 1
 
 

@@ -131,7 +131,8 @@ def fit_polynomial(
     low, high = float(x.min()), float(x.max())
     spread = float(y.std()) or 1.0
     slope = max(0.0, float(x @ y) / max(float(x @ x), np.finfo(np.float64).tiny))
-    best, lowest = (slope, 0.0), math.inf
+    best: tuple[float, ...] = (slope, 0.0)
+    lowest = math.inf
     for degree in range(1, max_degree + 1):
         if len(np.unique(x)) < 3 * (degree + 1):
             break

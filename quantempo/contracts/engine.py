@@ -3,14 +3,16 @@
 An engine opens one graph.  `bind` fixes the shapes and allocates every input and output once; after that a call is
 `binding.run()` with no allocation and no copy that the caller did not ask for.  Register operations run where the
 buffers live: an engine whose buffers are host memory says so (`host`), and the loop works on `Buffer.array` directly.
+An engine with memory of its own may bring the arithmetic for it (`BufferMath`, see `math_of`); without it the loop
+copies what it needs to the host and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +49,55 @@ class Binding(Protocol):
         """Evaluate once: reads every input buffer, fills every output buffer; returns when outputs are readable."""
 
 
+class BufferMath(Protocol):
+    """Register operations and guidance on an engine's own buffers, with the bits that `contracts.program` defines.
+
+    All tensors are float32 unless told otherwise.  Operations may be queued: each sees what was queued before it, and
+    so do `Buffer.upload` and `Buffer.download` of buffers that `allocate` made; before an engine runs, call `wait`.
+    An operation may write to one of its own sources, `guide` apart.
+    """
+
+    most_terms: int
+    """The longest linear form that `lin` takes."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
+        """A fresh tensor of zeros, freed with its last reference."""
+
+    def rows(self, buffer: Buffer, first: int, count: int) -> Buffer:
+        """A view of some of a tensor's rows (axis 0), which keeps the memory alive."""
+
+    def copy(self, source: Buffer, out: Buffer) -> None:
+        """`out = source`, of the same shape."""
+
+    def lin(self, terms: Sequence[tuple[Buffer, float]], out: Buffer) -> None:
+        """`out = Σ coefficient · source` in the written order; no terms make zeros."""
+
+    def clamp(self, source: Buffer, low: float, high: float, out: Buffer) -> None:
+        """`out = min(max(source, low), high)`; the bounds are rounded to float32 first."""
+
+    def correct(self, source: Buffer, gain: Buffer, bias: Buffer, out: Buffer) -> None:
+        """`out = gain · source + bias` per channel (axis 1); `gain` and `bias` hold one element for each."""
+
+    def guide(
+        self, conditional: Buffer, unconditional: Buffer, null_rows: Buffer, scales: Buffer, rescale: float, out: Buffer
+    ) -> None:
+        """Classifier-free guidance, `u + g·(c - u)`, rescaled where `rescale` is above 0.
+
+        Args:
+            conditional: (samples, …).
+            unconditional: (guided samples, …).
+            null_rows: int32 per sample, its row in `unconditional`; -1 where it is not guided.
+            scales: float64 per sample.
+            rescale: factor, 0 for none.
+            out: (samples, …), not the memory of a branch.
+        """
+
+    def wait(self) -> None:
+        """Return when everything that was queued is done."""
+
+
 class Engine(Protocol):
-    """One opened graph."""
+    """One opened graph.  It may also have an attribute `math`, which `math_of` reads."""
 
     name: str
     host: bool
@@ -90,6 +139,11 @@ class EngineFactory(Protocol):
 
     def __call__(self, graph: Path, options: EngineOptions) -> Engine:
         """Open; raises `EngineError` with the engine's own words where it refuses."""
+
+
+def math_of(engine: Engine) -> BufferMath | None:
+    """The arithmetic that an engine brings for its buffers; `None` where the loop computes on the host."""
+    return None if engine.host else cast("BufferMath | None", getattr(engine, "math", None))
 
 
 def dtype_of(spec: TensorSpec) -> np.dtype[Any]:

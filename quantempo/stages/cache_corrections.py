@@ -7,7 +7,7 @@ model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -135,7 +135,7 @@ def _with_feature(
     changes: Mapping[str, FeatureChanges],
 ) -> StepsFit:
     fits, noise = _feature_fits(bench, settings, fit.program, fit.vectors)
-    floor = {name: judge(fit.refreshes, changes[name], noise[name]) for name in changes}
+    floor = {name: judge(fit.refreshes, changes[name], noise[name].tolist()) for name in changes}
     found, vectors = dict(fit.found), dict(fit.vectors)
     for name, each in fits.items():
         made = found[name] = each.fit({"affine": estimate_affine, "offset": estimate_offset})
@@ -251,15 +251,24 @@ def _latents_fit(
     fit: VarianceFit | None = None
     for batch in program_batches(bench, settings, program):
         wanted: dict[int, Float32s] = {}
-        bench.run(reference, plain, batch, on_step=lambda step, x, seen=wanted: seen.update({last[step]: x}))
+        bench.run(reference, plain, batch, on_step=_into(wanted, last))
         if fit is None:
             variance = np.ones((len(program.calls), next(iter(wanted.values())).shape[1]))
             for call, x in wanted.items():
                 variance[call] = x.var(axis=(0, *range(2, x.ndim)))
             fit = VarianceFit(variance)
         seen: dict[int, Float32s] = {}
-        bench.run(student, program, batch, on_step=lambda step, x, seen=seen: seen.update({last[step]: x}))
+        bench.run(student, program, batch, on_step=_into(seen, last))
         for call, x in seen.items():
             fit.observe(call, x, wanted[call], range(len(x)))
     assert fit is not None
     return fit.fit("auto")
+
+
+def _into(found: dict[int, Float32s], call_of: Mapping[int, int]) -> Callable[[int, Float32s], None]:
+    """Keeps the latents after each step under the index of its last call."""
+
+    def keep(step: int, latents: Float32s) -> None:
+        found[call_of[step]] = latents
+
+    return keep

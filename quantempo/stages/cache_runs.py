@@ -220,11 +220,12 @@ class VariantBench:
             assert on_step is not None
             on_step(index, latents)
 
-        return loop.run(program, LoopRequest(
+        result = loop.run(program, LoopRequest(
             batch=r.batch, guidance=r.guidance, noise=r.noise, latents=r.latents, conditioning=r.conditioning,
             rescale=r.rescale, mode=r.mode, seeds=r.seed_per_sample, observer=watch,
             on_step=None if on_step is None else step,
-        )).latents  # fmt: skip
+        ))  # fmt: skip
+        return result.latents
 
 
 def fitting_batches(settings: CacheSettings, steps: int, classes: int | None) -> tuple[TrajectoryBatch, ...]:
@@ -269,12 +270,12 @@ def program_batches(
 def guided(seen: Observation, prediction: Float32s, guidance: float) -> Float32s:
     """The prediction after guidance, (samples, …), from all rows of a call."""
     branches = np.array(seen.branches)
-    conditional = prediction[branches != UNCONDITIONAL].astype(np.float64)
-    if guidance <= 1:
-        return conditional.astype(np.float32)
-    other = prediction[branches == UNCONDITIONAL].astype(np.float64)
-    combined: Float32s = (other + guidance * (conditional - other)).astype(np.float32)
-    return combined
+    combined = prediction[branches != UNCONDITIONAL].astype(np.float64)
+    if guidance > 1:
+        other = prediction[branches == UNCONDITIONAL].astype(np.float64)
+        combined = other + guidance * (combined - other)
+    result: Float32s = combined.astype(np.float32)
+    return result
 
 
 def taught(outputs: Mapping[str, Buffer], name: str) -> Float32s:

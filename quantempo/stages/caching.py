@@ -90,16 +90,28 @@ def fit_cache(parts: CacheParts, settings: CacheSettings, folder: Path, steps: S
         fits = {n: fit_corrections(bench, settings, plain[n], cached[n], schedules[n], changes[n]) for n in counts}
     finally:
         bench.close()
-    programs, vectors = {}, {}
-    for n in counts:
-        row = plan.schedules[str(n)].row
-        programs[n] = _shifted(fits[n].program, row)
-        for key, values in fits[n].vectors.items():
-            vectors.setdefault(key, []).append(values)
-    stacked = {key: np.concatenate(values) for key, values in vectors.items()}
+    programs = {n: _shifted(fits[n].program, plan.schedules[str(n)].row) for n in counts}
+    stacked = stacked_vectors([fits[n] for n in sorted(counts)])
     check_cache_plan(plan, "cache plan")
     report = {"policy": settings.policy, "steps": {str(n): fit.report() for n, fit in fits.items()}}
     return CacheFit(plan, programs, stacked, tables, fits, report)
+
+
+def stacked_vectors(fits: Sequence[StepsFit]) -> dict[str, Float32s]:
+    """The arrays of several step counts, one below the other, with identity rows where a correction was not kept.
+
+    Args:
+        fits: in the order of the rows in the plan.
+    """
+    widths = {name: values.shape[1] for fit in fits for name, values in fit.vectors.items()}
+    found: dict[str, Float32s] = {}
+    for name, width in sorted(widths.items()):
+        fill = 1.0 if name.endswith(".gain") else 0.0
+        rows = [
+            fit.vectors.get(name, np.full((len(fit.program.calls), width), fill, np.float32)) for fit in fits
+        ]
+        found[name] = np.concatenate(rows)
+    return found
 
 
 def parse_policy(text: str) -> tuple[str, int]:
@@ -207,8 +219,8 @@ def variant_tables(
         fitting_runs(bench, settings, loop, program, watch)
     bits = activation_bits(parts.plan)
     for name in reusing:
-        if name not in collectors:
-            tables[name] = parts.table
+        if name not in collectors or not collectors[name].samples():
+            tables[name] = parts.table  # nothing of it is quantized, or no call runs it
             continue
         cells = _with_gaps_filled(collectors[name].stats(), base, parts.table)
         chosen = {tensor: bits[tensor] for tensor in taps[name]}

@@ -113,7 +113,8 @@ def decision(
 ) -> tuple[Decide, PolynomialFit | None, float]:
     """The rule that skips a share of the calls, the polynomial that it uses, and the share that it reaches."""
     changes, fitted = record.changes, None
-    accumulate, reference, polynomial = False, "last_refresh", (1.0, 0.0)
+    accumulate, reference = False, "last_refresh"
+    polynomial: tuple[float, ...] = (1.0, 0.0)
     if name == "teacache":
         fitted = fit_polynomial(changes[:, 1:, 1], record.outputs[:, 1:])
         accumulate, reference, polynomial = True, "previous_call", fitted.coefficients

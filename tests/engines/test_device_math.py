@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.fake_tensorrt import FakeDevice
 
 from quantempo.contracts.program import Clamp, Correct
 from quantempo.engines.cuda_device import compile_cubin
-from quantempo.engines.device_math import HOST, SOURCE, DeviceMath
+from quantempo.engines.device_math import SOURCE, DeviceMath
 from quantempo.errors import EngineError
 from quantempo.runtime.guidance import Combine
 from quantempo.runtime.registers import Registers
@@ -24,29 +20,17 @@ SHAPE = (3, 4, 6, 5)
 COUNT = int(np.prod(SHAPE))
 
 
-class HostLauncher:
-    """Calls the kernels as C functions, each of which loops over its elements."""
+class Waiting(DeviceMath):
+    """Waits after each kernel."""
 
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-
-    def launch(self, source: str, kernel: str, count: int, arguments: Sequence[Any], stream: int) -> None:
-        assert source == SOURCE
-        assert stream == 7
-        assert arguments[0].value == count
-        getattr(self._library, kernel)(*arguments)
+    def _launch(self, kernel: str, count: int, *arguments: Any) -> None:
+        super()._launch(kernel, count, *arguments)
+        self._device.wait(7)  # type: ignore[attr-defined]  # the fake device has it
 
 
-@pytest.fixture(scope="module")
-def math(tmp_path_factory: pytest.TempPathFactory) -> DeviceMath:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on this machine")
-    folder = tmp_path_factory.mktemp("kernels")
-    (folder / "kernels.cpp").write_text(HOST + SOURCE)
-    command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-o", "kernels.so"]
-    subprocess.run([*command, "kernels.cpp"], cwd=folder, check=True)
-    return DeviceMath(HostLauncher(folder / "kernels.so"), 7)
+@pytest.fixture
+def math() -> DeviceMath:
+    return Waiting(FakeDevice(), 7)
 
 
 def randoms(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:

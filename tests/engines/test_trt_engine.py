@@ -18,6 +18,7 @@ from quantempo.contracts.engine import Engine, EngineOptions
 from quantempo.contracts.manifest import FileEntry
 from quantempo.engines.cache import KeyParts
 from quantempo.engines.cuda_device import CudaDevice
+from quantempo.engines.host import HostBuffer
 from quantempo.engines.registry import open_engine
 from quantempo.engines.trt_engine import TrtEngine, open_plan
 from quantempo.engines.trt_profiles import parse_profile
@@ -283,12 +284,27 @@ def test_a_session_samples_on_device_memory_as_it_does_on_the_host(bundle: Path)
     assert device.log.count("capture") == 1
 
 
+def test_registers_are_computed_where_the_setting_says(bundle: Path) -> None:
+    write(bundle)
+    math = opened(bundle).math
+    assert opened(bundle, registers="host").math is None
+    assert math is not None
+    out = math.allocate((2, 3))
+    math.rows(out, 1, 1).upload(np.array([[1, 2, 3]], np.float32))
+    np.testing.assert_array_equal(out.download(), [[0, 0, 0], [1, 2, 3]])
+    foreign = HostBuffer(out.spec, np.zeros((2, 3), np.float32), "another engine")
+    with pytest.raises(EngineError, match="found memory of another engine"):
+        math.copy(foreign, out)
+
+
 def test_unknown_settings_and_inner_tensors_are_refused(bundle: Path) -> None:
     write(bundle)
     with pytest.raises(EngineError, match="did you mean 'cuda_graph'"):
         opened(bundle, cuda_grpah="on")
     with pytest.raises(EngineError, match="cuda_graph=maybe"):
         opened(bundle, cuda_graph="maybe")
+    with pytest.raises(EngineError, match="registers=maybe"):
+        opened(bundle, registers="maybe")
     device = FakeDevice()
     with pytest.raises(EngineError, match="a plan has no inner tensors"):
         open_plan(bundle / "graphs" / f"{NAME}.onnx", EngineOptions(extra_outputs=("x",)), "tensorrt_rtx",

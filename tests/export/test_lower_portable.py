@@ -159,6 +159,21 @@ def test_the_affine_form_never_grows_a_value_and_undoes_itself() -> None:
     np.testing.assert_allclose(form.correction, (np.array([3, 128, 255, 90]) - 128) * scale, rtol=1e-6)
 
 
+def test_all_single_numbers_come_out_of_one_look_up() -> None:
+    maker = GraphMaker({"x": SHAPES["x"], "p": SHAPES["p"]})
+    y = maker.matmul(maker.matmul(maker.inputs["x"], 16, 24, "a"), 24, 16, "b")
+    model = maker.model(y, maker.conv(maker.inputs["p"], 8, 16, "c"))
+    feeds = [{n: g[n] for n in ("x", "p")} for g in GROUPS]
+    lowered = lower_portable(model, maker.plan(), min_max_table(model, maker.plan(), feeds))
+    assert count(lowered)["Gather"] == count(lowered)["Split"] == 1
+    numbers = next(node for node in lowered.graph if node.op_type == "Split").outputs
+    # Two matrix products with shrink, offset, grow and correction, one convolution with shrink and grow.
+    assert len(numbers) == 10
+    assert all(list(value.uses()) for value in numbers)
+    tables = [name for name in lowered.graph.initializers if name.endswith(".table")]
+    assert tables == ["scalars.table"]
+
+
 def test_offsets_are_exact_in_half_precision_wherever_groups_differ() -> None:
     rng = np.random.default_rng(0)
     scale = rng.uniform(0.003, 0.3, 40).astype(np.float32)

@@ -7,25 +7,37 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from support.host_kernels import launch
 
 
 class FakeDevice:
-    """A device whose memory is the host's.  `log` holds what was asked of it."""
+    """A device whose memory is the host's, and whose kernels are compiled for the host.
+
+    Kernels and copies are queued until something in the same stream waits.  `log` holds what was asked about graphs;
+    `kernels`, `uploads` and `downloads` what was launched and how many bytes went over.
+    """
 
     def __init__(self, capability: str = "8.9") -> None:
         self.capability, self.name = capability, "a fake device"
         self.memory: dict[int, Any] = {}
         self.log: list[str] = []
+        self.kernels: list[str] = []
+        self.uploads: list[int] = []
+        self.downloads: list[int] = []
+        self.queue: list[Callable[[], Any]] = []
 
     def stream(self) -> int:
         return 7
 
     def wait(self, stream: int) -> None:
         assert stream == 7
+        queued, self.queue = self.queue, []
+        for work in queued:
+            work()
 
     def allocate(self, size: int) -> int:
         block = (ctypes.c_uint8 * max(1, size))()
@@ -33,13 +45,27 @@ class FakeDevice:
         return ctypes.addressof(block)
 
     def free(self, address: int) -> None:
+        self.wait(7)
         del self.memory[address]
 
     def upload(self, address: int, values: np.ndarray, stream: int) -> None:
+        self.wait(stream)
+        self.uploads.append(values.nbytes)
         ctypes.memmove(address, values.ctypes.data, values.nbytes)
 
     def download(self, values: np.ndarray, address: int, stream: int) -> None:
+        self.wait(stream)
+        self.downloads.append(values.nbytes)
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
+
+    def copy(self, to: int, source: int, size: int, stream: int) -> None:
+        assert stream == 7
+        self.queue.append(lambda: ctypes.memmove(to, source, size))
+
+    def launch(self, source: str, kernel: str, count: int, arguments: Sequence[Any], stream: int) -> None:
+        assert stream == 7
+        self.kernels.append(kernel)
+        self.queue.append(lambda: launch(source, kernel, count, arguments))
 
     def capture(self, stream: int, work: Callable[[], None]) -> Callable[[], None]:
         self.log.append("capture")
@@ -59,7 +85,7 @@ class FakeDevice:
 
 
 Compute = Callable[[dict[str, np.ndarray]], np.ndarray]
-TYPES = {"sample": "float32", "timestep": "float32", "scale_group": "int64"}
+TYPES = {"sample": "float32", "timestep": "float32", "scale_group": "int64", "class_labels": "int64"}
 
 
 class _Context:
@@ -88,6 +114,7 @@ class _Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        self.device.wait(stream)
         self.calls += 1
         given = {n: self.device.view(self.addresses[n], s, TYPES[n]) for n, s in self.shapes.items()}
         made = self.compute(given) if self.compute else given["sample"] * self.factor + given["scale_group"]

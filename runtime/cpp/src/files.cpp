@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -68,6 +69,19 @@ std::string read_file(const std::string& path, const std::string& shown_as, std:
   }
   text.resize(done);
   return text;
+}
+
+void write_file(const std::string& path, const std::string& bytes) {
+  const std::string temporary = path + "." + std::to_string(::getpid()) + ".tmp";
+  std::FILE* file = std::fopen(temporary.c_str(), "wb");
+  bool whole = file != nullptr && std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size();
+  int code = whole ? 0 : errno;
+  if (file != nullptr && std::fclose(file) != 0 && whole) whole = false, code = errno;
+  if (whole && std::rename(temporary.c_str(), path.c_str()) == 0) return;
+  if (whole) code = errno;
+  if (file != nullptr) std::remove(temporary.c_str());
+  throw Error(Kind::RequestError, path, "a file that cannot be written (" + std::string(std::strerror(code)) + ")",
+              "a path to write to", "a missing folder, missing rights, or a full disk", "choose another path");
 }
 
 std::string file_digest(const std::string& path, const std::string& shown_as) {

@@ -14,6 +14,9 @@ FileType file_type(const std::string& path);
 // The bytes of a file.  Throws `BundleError` where it cannot be read, or is larger than `limit`.
 std::string read_file(const std::string& path, const std::string& shown_as, std::size_t limit);
 
+// Writes a file whole: it is complete when this returns, and as it was after an error.  Throws `RequestError`.
+void write_file(const std::string& path, const std::string& bytes);
+
 // SHA-256 of a file in hexadecimal, read in chunks.
 std::string file_digest(const std::string& path, const std::string& shown_as);
 

@@ -1,0 +1,30 @@
+#include "library.hpp"
+
+#include <dlfcn.h>
+
+#include "../error.hpp"
+
+namespace quantempo::runtime {
+
+void* open_library(const std::string& backend, const std::string& named, const std::vector<std::string>& usual) {
+  std::string words;
+  const std::vector<std::string> names = named.empty() ? usual : std::vector<std::string>{named};
+  for (const auto& name : names) {
+    void* library = ::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    if (library != nullptr) return library;
+    const char* error = ::dlerror();
+    words += (words.empty() ? "" : "; ") + std::string(error == nullptr ? name : error);
+  }
+  throw Error(Kind::EngineError, "engine " + repr(backend), "no library that opens (" + words + ")",
+              "the library of " + backend, "it is not installed, or lies where the system does not look",
+              "install it, or pass its path as the option `library`");
+}
+
+void* library_symbol(void* library, const std::string& backend, const char* name) {
+  void* symbol = ::dlsym(library, name);
+  if (symbol != nullptr) return symbol;
+  throw Error(Kind::EngineError, "engine " + repr(backend), "a library without " + std::string(name),
+              "a library that has it", "the library is older than this runtime, or another one", "update the library");
+}
+
+}  // namespace quantempo::runtime

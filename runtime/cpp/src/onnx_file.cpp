@@ -1,0 +1,215 @@
+// A protobuf message is a list of (field number, wire type, value); the walk skips what it does not need by length.
+// Field numbers are those of onnx.proto.
+#include "onnx_file.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <set>
+#include <stdexcept>
+#include <string_view>
+
+#include "error.hpp"
+#include "files.hpp"
+
+namespace quantempo::runtime {
+
+namespace {
+
+struct Span {
+  const unsigned char* begin;
+  const unsigned char* end;
+
+  std::string text() const { return std::string(reinterpret_cast<const char*>(begin), static_cast<std::size_t>(end - begin)); }
+};
+
+struct Field {
+  std::uint64_t number = 0, value = 0;  // `value` of a varint
+  bool bytes = false;
+  Span span{nullptr, nullptr};
+};
+
+std::uint64_t varint(Span& at) {
+  std::uint64_t value = 0;
+  for (int shift = 0; shift < 64; shift += 7) {
+    if (at.begin == at.end) throw std::runtime_error("a number that is cut short");
+    const unsigned char byte = *at.begin++;
+    value |= std::uint64_t{byte & 0x7Fu} << shift;
+    if (byte < 0x80) return value;
+  }
+  throw std::runtime_error("a number of more than 64 bits");
+}
+
+// Reads the next field; false at the end.
+bool next(Span& at, Field& field) {
+  if (at.begin == at.end) return false;
+  const std::uint64_t tag = varint(at);
+  field = Field{};
+  field.number = tag >> 3;
+  const auto left = [&] { return static_cast<std::uint64_t>(at.end - at.begin); };
+  switch (tag & 7) {
+    case 0:
+      field.value = varint(at);
+      return true;
+    case 2: {
+      const std::uint64_t length = varint(at);
+      if (length > left()) throw std::runtime_error("a field that ends after its message");
+      field.bytes = true;
+      field.span = {at.begin, at.begin + length};
+      at.begin += length;
+      return true;
+    }
+    case 1:
+    case 5: {
+      const std::uint64_t length = (tag & 7) == 1 ? 8 : 4;
+      if (length > left()) throw std::runtime_error("a field that ends after its message");
+      at.begin += length;
+      return true;
+    }
+    default:
+      throw std::runtime_error("wire type " + std::to_string(tag & 7));
+  }
+}
+
+std::vector<Span> children(Span at, std::uint64_t number) {
+  std::vector<Span> found;
+  for (Field field; next(at, field);) {
+    if (field.bytes && field.number == number) found.push_back(field.span);
+  }
+  return found;
+}
+
+std::size_t decimal(const std::string& text) {
+  if (text.empty()) return 0;
+  if (text.size() > 18 || text.find_first_not_of("0123456789") != std::string::npos) {
+    throw std::runtime_error("external data at " + repr(text));
+  }
+  return static_cast<std::size_t>(std::stoull(text));
+}
+
+const char* type_name(std::uint64_t number) {
+  static constexpr std::array<const char*, 17> names = {"",       "float32", "uint8",   "int8",   "uint16", "int16",
+                                                        "int32",  "int64",   "",        "bool",   "float16", "float64",
+                                                        "uint32", "uint64",  "",        "",       "bfloat16"};
+  return number < names.size() ? names[number] : "";
+}
+
+// A TensorProto; `location` stays empty where the values lie in the graph file itself.
+ExternalTensor read_tensor(Span at) {
+  ExternalTensor tensor;
+  for (Field field; next(at, field);) {
+    if (field.number == 1 && field.bytes) {
+      for (Span packed = field.span; packed.begin != packed.end;) {
+        tensor.shape.push_back(static_cast<std::int64_t>(varint(packed)));
+      }
+    } else if (field.number == 1) {
+      tensor.shape.push_back(static_cast<std::int64_t>(field.value));
+    } else if (field.number == 2) {
+      tensor.dtype = type_name(field.value);
+    } else if (field.number == 8 && field.bytes) {
+      tensor.name = field.span.text();
+    } else if (field.number == 13 && field.bytes) {
+      std::string key, value;
+      Span entry = field.span;
+      for (Field part; next(entry, part);) {
+        if (part.bytes && part.number == 1) key = part.span.text();
+        if (part.bytes && part.number == 2) value = part.span.text();
+      }
+      if (key == "location") tensor.location = value;
+      if (key == "offset") tensor.offset = decimal(value);
+    }
+  }
+  return tensor;
+}
+
+// The weight files of a graph and all its subgraphs.
+void collect(std::vector<Span> pending, std::set<std::string>& names) {
+  while (!pending.empty()) {
+    const Span graph = pending.back();
+    pending.pop_back();
+    std::vector<Span> tensors = children(graph, 5);
+    for (const Span node : children(graph, 1)) {
+      for (const Span attribute : children(node, 5)) {
+        for (const Span tensor : children(attribute, 5)) tensors.push_back(tensor);
+        for (const Span inner : children(attribute, 6)) pending.push_back(inner);
+        for (const Span inner : children(attribute, 11)) pending.push_back(inner);
+      }
+    }
+    for (const Span tensor : tensors) {
+      for (const Span entry : children(tensor, 13)) {
+        const auto keys = children(entry, 1), values = children(entry, 2);
+        if (!keys.empty() && keys.back().text() == "location") names.insert(values.empty() ? "" : values.back().text());
+      }
+    }
+  }
+}
+
+[[noreturn]] void not_onnx(const std::string& graph, const std::string& found) {
+  throw Error(Kind::EngineError, graph, found, "an ONNX graph file", "a wrong path, or a file that was cut short",
+              "compile the bundle again");
+}
+
+// Calls `read` with the main graphs of a mapped file.
+template <typename Read>
+void with_graphs(const std::string& graph, const Read& read) {
+  try {
+    const MappedFile file(graph);
+    const auto graphs = children({file.data(), file.data() + file.size()}, 7);
+    if (graphs.empty()) throw std::runtime_error("no graph in it");
+    read(graphs);
+  } catch (const Error&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    not_onnx(graph, error.what());
+  }
+}
+
+void check_location(const std::string& graph, const std::string& folder, const std::string& name) {
+  const std::string where = graph.substr(folder.size()) + ": external data";
+  bool plain = !name.empty() && name.front() != '/' && name.find_first_of(std::string("\\:\0", 3)) == std::string::npos;
+  for (std::size_t start = 0; plain && start <= name.size();) {
+    const auto end = std::min(name.find('/', start), name.size());
+    plain = std::string_view(name).substr(start, end - start) != "..";
+    start = end + 1;
+  }
+  if (!plain) {
+    throw Error(Kind::UnsafePath, where, "location " + repr(name), "a path below the graph's folder",
+                "the graph was made or changed by somebody else's tool", "do not use this graph");
+  }
+  std::size_t end = 0;
+  do {
+    end = name.find('/', end + 1);
+    if (file_type(folder + name.substr(0, end)) == FileType::Link) {
+      throw Error(Kind::UnsafePath, where, repr(name) + " is a link", "a plain file",
+                  "the folder was put together by hand", "copy the file to where the link is");
+    }
+  } while (end != std::string::npos);
+  if (file_type(folder + name) != FileType::Regular) {
+    throw Error(Kind::EngineError, where, "no file " + repr(name), "it next to " + graph.substr(folder.size()),
+                "the graph was copied without its weights", "copy the weight file as well");
+  }
+}
+
+}  // namespace
+
+void check_external_files(const std::string& graph) {
+  const std::string folder = graph.substr(0, graph.rfind('/') + 1);
+  std::set<std::string> names;
+  with_graphs(graph, [&](const std::vector<Span>& graphs) { collect(graphs, names); });
+  for (const auto& name : names) check_location(graph, folder, name);
+}
+
+std::vector<ExternalTensor> external_tensors(const std::string& graph) {
+  std::vector<ExternalTensor> found;
+  with_graphs(graph, [&](const std::vector<Span>& graphs) {
+    for (const Span main : graphs) {
+      for (const Span tensor : children(main, 5)) {
+        ExternalTensor read = read_tensor(tensor);
+        if (!read.location.empty()) found.push_back(std::move(read));
+      }
+    }
+  });
+  return found;
+}
+
+}  // namespace quantempo::runtime

@@ -1,0 +1,25 @@
+// The little of the ONNX file format that opening a graph needs.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "tensors.hpp"
+
+namespace quantempo::runtime {
+
+// A weight of the main graph that lies in a file of its own.
+struct ExternalTensor {
+  std::string name, dtype, location;
+  Shape shape;
+  std::size_t offset = 0;
+};
+
+// Refuses a graph whose weight files lie outside its folder, are missing, or are reached through a link.
+void check_external_files(const std::string& graph);
+
+// Weights in files beside the graph; those of subgraphs are left to the engine.  Throws `EngineError`.
+std::vector<ExternalTensor> external_tensors(const std::string& graph);
+
+}  // namespace quantempo::runtime
