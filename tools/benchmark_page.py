@@ -14,8 +14,8 @@ HEAD = """# Benchmarks
 Every figure comes with the command that made it.  Times are medians of runs in alternation on one machine; only ratios
 carry over to another one.  Fidelity is same-seed PSNR: decoded images in [0, 1], quantized against float from the same
 noise, mean over images.  *Best single scale* is the best of all range methods (min-max, percentile, MSE, entropy,
-two-sided clip search) with one scale per tensor for all timesteps, everything else being equal: same sites, same
-integer weights, same calibration.
+two-sided clip search) with one scale per tensor for all timesteps, with and without one centre per channel, everything
+else being equal: same sites, same calibration, weights rounded for it.
 """
 
 
