@@ -169,11 +169,15 @@ class CudaDevice:
             )
         )
 
-    def _function(self, source: str, kernel: str) -> Any:
+    def prepare(self, source: str) -> None:
+        """Compile a source and load it, unless that was done before; see `compile_cubin` for what it raises."""
         if source not in self._modules:
             binary = compile_cubin(source, "sm_" + self.capability.replace(".", ""))
             address = np.frombuffer(binary, np.uint8).ctypes.data
             self._modules[source] = self.check(self._driver.cuModuleLoadData(address))
+
+    def _function(self, source: str, kernel: str) -> Any:
+        self.prepare(source)
         if (source, kernel) not in self._kernels:
             module = self._modules[source]
             self._kernels[source, kernel] = self.check(self._driver.cuModuleGetFunction(module, kernel.encode()))
@@ -192,7 +196,10 @@ def compile_cubin(source: str, architecture: str) -> bytes:
         MissingExtra: cuda-python or NVRTC is not installed.
     """
     nvrtc = _bindings("nvrtc")
-    status, program = nvrtc.nvrtcCreateProgram(source.encode(), b"quantempo.cu", 0, [], [])
+    try:
+        status, program = nvrtc.nvrtcCreateProgram(source.encode(), b"quantempo.cu", 0, [], [])
+    except RuntimeError as error:  # the bindings are there, the library that they load is not
+        raise MissingExtra("CUDA kernels", package="nvidia-cuda-nvrtc", extra="tensorrt") from error
     # No contraction: multiply and add round one after the other, as the step program defines it.
     options = [f"--gpu-architecture={architecture}".encode(), b"--fmad=false", b"--std=c++17"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

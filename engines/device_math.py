@@ -127,6 +127,9 @@ class Terms(ctypes.Structure):
 class Launcher(Protocol):
     """What runs kernels; `quantempo.engines.cuda_device.CudaDevice` is one."""
 
+    def prepare(self, source: str) -> None:
+        """Compile kernels, unless that was done before."""
+
     def launch(self, source: str, kernel: str, count: int, arguments: Sequence[Any], stream: int) -> None:
         """Run a kernel over `count` elements."""
 
@@ -141,6 +144,15 @@ class DeviceMath:
 
     def __init__(self, device: Launcher, stream: int) -> None:
         self._device, self._stream = device, stream
+
+    def prepare(self) -> None:
+        """Compile the kernels.
+
+        Raises:
+            EngineError: the compiler refuses them.
+            MissingExtra: there is none.
+        """
+        self._device.prepare(SOURCE)
 
     def lin(self, terms: Sequence[tuple[int, float]], out: int, count: int) -> None:
         """`out = Σ coefficient · source` in the written order; no terms make zeros.

@@ -70,6 +70,9 @@ class Device(Protocol):
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
         """Within the device."""
 
+    def prepare(self, source: str) -> None:
+        """Compile kernels."""
+
     def launch(self, source: str, kernel: str, count: int, arguments: Sequence[Any], stream: int) -> None:
         """Queue a kernel."""
 
@@ -303,6 +306,10 @@ class TrtMath:
     def __init__(self, engine: TrtEngine) -> None:
         self._engine = engine
         self._math = DeviceMath(engine.device, engine.stream)
+
+    def prepare(self) -> None:
+        """See `BufferMath.prepare`."""
+        self._math.prepare()
 
     def allocate(self, shape: tuple[int, ...], dtype: str = "float32") -> DeviceBuffer:
         """See `BufferMath.allocate`."""

@@ -92,8 +92,8 @@ def _share_look_ups(lowering: Lowering) -> None:
     table = lowering.constant("scalars.table", np.stack(columns, 1))
     row = lowering.node(None, "Gather", [table, single[0].inputs[1]], "scalars", axis=0)
     describe(row, table.dtype, ir.Shape([len(single)]))
-    sizes = lowering.constant("scalars.sizes", np.ones(len(single), np.int64))
-    numbers = lowering.nodes(None, "Split", [row, sizes], [f"{node.outputs[0].name}.split" for node in single], axis=0)
+    names = [f"{node.outputs[0].name}.split" for node in single]
+    numbers = lowering.nodes(None, "Split", [row], names, axis=0, num_outputs=len(names))
     for node, number, old in zip(single, numbers, tables, strict=True):
         describe(number, table.dtype, ir.Shape([1]))
         name = node.outputs[0].name

@@ -21,6 +21,8 @@ from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.runtime.bundle_writer import BundleWriter, check_target, clean_up
+from quantempo.stages.cache_runs import CacheParts
+from quantempo.stages.cache_stage import cache_stage, check_cache_recipe, cut_for_caching
 from quantempo.stages.calibration import (
     ENGINE,
     Calibration,
@@ -119,22 +121,32 @@ def compile_model(
             with progress.stage("write", WRITES):
                 bundle = write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
+        cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
+        plan = plan if cut is None else cut.keep_free(plan)
         view = float_view(exported, recipe)
-        collected, table, weights = _numbers(store, exported, view, plan, taps, opened, loop)
+        collected, table, weights, keys = _numbers(store, exported, view, plan, taps, opened, loop)
         guarded = guard_stage(exported, plan, table, weights, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
+        cache = None
+        if cut is not None:
+            parts = CacheParts(
+                exported, plan, table, weights, collected.statistics, view.manifest, recipe, opened.arrays
+            )
+            cache = cache_stage(store, parts, cut, keys)
         scanned = scanned_tensors(exported.graph, choice)
         if scanned:
             with progress.stage("ranges", WRITES):
                 ranges = scan_ranges(view, scanned, exported.program(scan_steps(recipe)), recipe, given)
             choice = dataclasses.replace(choice, ranges=ranges)
         with progress.stage("write", WRITES), BundleWriter(out, overwrite=overwrite) as writer:
-            manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice)
+            manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache)
             if recipe.reference:
                 write_float(exported, recipe, writer.root / "reference", overwrite=False)
                 (writer.root / STATISTICS).parent.mkdir()
                 collected.statistics.save(writer.root / STATISTICS)
+            if cache is not None:
+                cache.write_report(writer.root)
             bundle = writer.finish(manifest)
             guarded.write(writer.root, bundle.digest)
     return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups, tuple(store.runs))
@@ -147,6 +159,7 @@ def _check(out: Path, overwrite: bool, recipe: Recipe, plan_file: Path | None) -
     method_named(recipe.range_method)
     parse_groups(recipe.groups)
     parse_selection(recipe.selection)
+    check_cache_recipe(recipe)
     if plan_file is not None and not plan_file.is_file():
         raise PlanError(
             f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
@@ -157,8 +170,11 @@ def _check(out: Path, overwrite: bool, recipe: Recipe, plan_file: Path | None) -
 def _numbers(
     store: StageStore, exported: Exported, view: OpenBundle, plan: QuantPlan, taps: Taps, opened: Opened,
     loop: CalibrationLoop | None,
-) -> tuple[Calibration, ScaleTable, Mapping[str, QuantizedWeight]]:
-    """Calibration, and the scales and weights that follow from it; with a second round where the recipe asks for it."""
+) -> tuple[Calibration, ScaleTable, Mapping[str, QuantizedWeight], tuple[str, ...]]:
+    """Calibration, the scales and weights that follow from it, and the keys of their stages.
+
+    There is a second round where the recipe asks for it.
+    """
     recipe, arrays = opened.recipe, opened.arrays
     programs = calibration_programs(recipe, exported.program)
     collected, calibrated = calibration_stage(store, view, taps, recipe, arrays, programs, loop)
@@ -168,6 +184,6 @@ def _numbers(
         keys = (scaled.key, rounded.key)
         first = FirstRound(exported.graph, view, plan, taps, collected, calibrated, table, weights, keys)
         collected, calibrated = second_round(store, first, recipe, arrays, programs)
-        table, _ = scales_stage(store, collected, calibrated, plan, recipe)
-        weights, _ = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
-    return collected, table, weights
+        table, scaled = scales_stage(store, collected, calibrated, plan, recipe)
+        weights, rounded = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
+    return collected, table, weights, (calibrated.key, scaled.key, rounded.key)

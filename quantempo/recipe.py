@@ -38,6 +38,9 @@ class Recipe:
         calibration: file with conditioning arrays (`.npz`) or labels (`.txt`, `.json`); see docs/recipe.md.
         rules: changes to the default plan, in order; a later one wins.
         keep, exclude: module-path patterns kept in float, whatever the rules say (one list under two names).
+        cache: feature caching: `none`, `every:N`, `power:N` or `programmed:N`, N calls per refresh on average.
+        cache_cut: where caching cuts the graph, `delta:FIRST-LAST` or `branch:INDEX`; empty for a default.
+        cache_steps: step counts that get cached programs; empty for those of the calibration.
         max_steps: programs for 1 to this many steps go into the bundle.
         default_guidance: what a run of the bundle uses when the caller does not say.
         reference: write the float twin beside the bundle, for reports and comparisons.
@@ -66,6 +69,9 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     keep: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    cache: str = "none"
+    cache_cut: str = ""
+    cache_steps: tuple[int, ...] = ()
     max_steps: int = 100
     default_guidance: float = 1.5
     reference: bool = True

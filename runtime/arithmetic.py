@@ -166,6 +166,7 @@ class DeviceArithmetic:
         self, math: BufferMath, program: StepProgram, shape: tuple[int, ...], vectors: Vectors, lanes: list[Lane],
         combine: Combine, noise: NoiseSource,
     ) -> None:
+        math.prepare()
         self._math, self._lanes, self._noise = math, lanes, noise
         self._guided, self._rescale, batch = bool(combine.guided), combine.rescale, shape[0]
         self._registers = {name: math.allocate(shape) for name in program.registers()}

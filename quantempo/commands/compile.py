@@ -45,6 +45,11 @@ CalibrationScheduler = Annotated[
 ]
 Selection = Annotated[str, typer.Option(help="Calls to look at: all, uniform:F, normal:F or density:F.")]
 HardCases = Annotated[int, typer.Option(help="Samples of a second round, like those that are quantized worst.")]
+Cache = Annotated[
+    str, typer.Option(help="Feature caching: none, every:N, power:N or programmed:N, N calls per refresh on average.")
+]
+CacheCut = Annotated[str, typer.Option(help="Where caching cuts: delta:FIRST-LAST or branch:INDEX.")]
+CacheSteps = Annotated[str, typer.Option(help="Step counts with cached programs, comma-separated; default: --steps.")]
 Keep = Annotated[list[str] | None, typer.Option(help="Module-path pattern to keep in float; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="The same as --keep.")]
 Bits = Annotated[int, typer.Option(help="8, or fewer (simulated).")]
@@ -78,6 +83,9 @@ def compile_command(
     calib_scheduler: CalibrationScheduler = None,
     selection: Selection = "",
     hard_cases: HardCases = 0,
+    cache: Cache = "",
+    cache_cut: CacheCut = "",
+    cache_steps: CacheSteps = "",
     keep: Keep = None,
     exclude: Exclude = None,
     activation_bits: Bits = 0,
@@ -103,7 +111,7 @@ def compile_command(
         range_method=range_method, guidance=_guidance(guidance),
         steps=_steps(steps), samples=samples, batch=batch, calibration=calib_set, schedulers=calib_scheduler,
         selection=selection, hard_cases=hard_cases, keep=keep, exclude=exclude, activation_bits=activation_bits,
-        weight_method=weight_method,
+        weight_method=weight_method, cache=cache, cache_cut=cache_cut, cache_steps=_steps(cache_steps),
         max_steps=max_steps, seed=None if seed < 0 else seed, reference=reference, threads=threads,
     )
     try:

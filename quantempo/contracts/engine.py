@@ -60,6 +60,13 @@ class BufferMath(Protocol):
     most_terms: int
     """The longest linear form that `lin` takes."""
 
+    def prepare(self) -> None:
+        """Do what must be done once (compile kernels), when a run is planned.
+
+        Raises:
+            EngineError, MissingExtra: it cannot be done here.
+        """
+
     def allocate(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
         """A fresh tensor of zeros, freed with its last reference."""
 

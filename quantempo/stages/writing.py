@@ -28,6 +28,7 @@ from quantempo.stages.model import Exported
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
     from quantempo.export.weights import QuantizedWeight
+    from quantempo.stages.cache_stage import FittedCache
 
 GROUP_INPUT = "scale_group"
 
@@ -40,20 +41,25 @@ def write_quantized(
     weights: Mapping[str, QuantizedWeight],
     recipe: Recipe,
     choice: GraphChoice,
+    cache: FittedCache | None = None,
 ) -> Manifest:
+    """Write everything but the manifest of a quantized bundle; the graphs of `cache` join or replace the others."""
     from safetensors.numpy import save
 
     graphs = lower_graphs(exported.graph, plan, table, weights, choice)
+    if cache is not None:
+        graphs |= cache.lower(plan, weights, choice)
     denoiser = dataclasses.replace(exported.denoiser, group_input=GROUP_INPUT)
     manifest = _write_common(writer, exported, graphs, denoiser, recipe)
     if "ort-f32" in choice.names:
         check_fused(writer.root / "graphs" / "full.ort-f32.onnx", plan)
     writer.add_bytes("tables.safetensors", save({k: np.ascontiguousarray(v) for k, v in table.arrays().items()}))
     writer.add_json("plan.json", plan)
-    return dataclasses.replace(
+    manifest = dataclasses.replace(
         manifest, precision=recipe.precision, requires=("scale-groups-1", "step-program-1"), partition=table.partition,
         tables="tables.safetensors", plan="plan.json",
     )
+    return manifest if cache is None else cache.write(writer, manifest)
 
 
 def write_float(exported: Exported, recipe: Recipe, out: Path, overwrite: bool) -> OpenBundle:
@@ -118,7 +124,7 @@ def graph_entry(name: str, model: Graph, file: str, data: Sequence[str]) -> Grap
     """The manifest's entry of a graph that was written to `graphs/`."""
     from quantempo.export.graph_files import specs
 
-    variant, _, form = name.partition(".")
+    variant, _, form = name.rpartition(".")
     dialect, float_type = split_name(form)
     return GraphEntry(
         file=f"graphs/{file}", data=tuple(f"graphs/{d}" for d in data), variant=variant,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from support.fake_tensorrt import FakeDevice
 
 from quantempo.contracts.program import Clamp, Correct
+from quantempo.engines import cuda_device
 from quantempo.engines.cuda_device import compile_cubin
 from quantempo.engines.device_math import SOURCE, DeviceMath
-from quantempo.errors import EngineError
+from quantempo.errors import EngineError, MissingExtra
 from quantempo.runtime.guidance import Combine
 from quantempo.runtime.registers import Registers
 
@@ -106,6 +108,15 @@ def test_guidance(math: DeviceMath, scales: tuple[float, ...], rescale: float) -
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_87", "sm_89", "sm_90", "sm_120"])
 def test_the_kernels_compile_for_every_device(architecture: str) -> None:
     assert compile_cubin(SOURCE, architecture)[:4] == b"\x7fELF"
+
+
+def test_without_the_compiler_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise RuntimeError("Failure finding libnvrtc.so")  # what cuda-bindings raises where only it is installed
+
+    monkeypatch.setattr(cuda_device, "_bindings", lambda name: SimpleNamespace(nvrtcCreateProgram=missing))
+    with pytest.raises(MissingExtra, match="nvidia-cuda-nvrtc"):
+        compile_cubin(SOURCE, "sm_89")
 
 
 @pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")

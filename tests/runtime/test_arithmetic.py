@@ -97,6 +97,7 @@ def test_a_device_gives_the_host_s_bits_and_keeps_latents_to_itself(
     expected = run({"full": echo}, program, scales, **changes)
     np.testing.assert_array_equal(result.latents, expected.latents)
     assert np.std(result.latents) > 0.1
+    assert device.log[0] == "prepare", "kernels are compiled before anything runs"
     assert seen == [0] * result.engine_calls, "something was downloaded before the end"
     size = len(scales) * LATENTS_BYTES
     assert device.downloads == [size]
@@ -145,6 +146,25 @@ def test_engines_with_streams_of_their_own_see_what_was_queued(tmp_path: Path, e
     assert devices["full"].kernels
     assert devices["other"].kernels == [], "one engine computes for all"
     assert devices["other"].downloads == []
+    assert "prepare" not in devices["other"].log
+
+
+def test_an_engine_waits_for_another_s_queue(tmp_path: Path, echo: Engine) -> None:
+    """The lane's buffers are the second engine's, so nothing that it is fed makes the first one's stream wait."""
+    alone = replace(corrected(), calls=tuple(replace(c, graph="other") for c in corrected().calls))
+    both = replace(corrected(), calls=tuple(
+        replace(c, graph="other" if i % 2 else "full") for i, c in enumerate(corrected().calls)
+    ))  # fmt: skip
+    echoes = {"full": echo, "other": other_echo(tmp_path)}
+    engines = {name: device_engine(tmp_path, each, FakeDevice()) for name, each in echoes.items()}
+    labels = {"class_labels": (np.zeros(1, np.int64), np.full(1, 10, np.int64))}
+    latents = []
+    for each in (engines, echoes):
+        loop = Loop(each, DENOISER, PARTITION, vectors=VECTORS)
+        for program in (alone, both):
+            made = LoopRequest(1, (4.0,), PhiloxNoise.from_seeds(3, 1), conditioning=labels)
+            latents.append(loop.run(program, made).latents)
+    np.testing.assert_array_equal(latents[:2], latents[2:])
 
 
 def test_forms_longer_than_a_kernel_takes_are_computed_on_the_host(tmp_path: Path, echo: Engine) -> None:

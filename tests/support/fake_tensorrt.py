@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from support.host_kernels import launch
+from support.host_kernels import host_kernels, launch
+
+from quantempo.engines.device_math import SOURCE
 
 
 class FakeDevice:
@@ -61,6 +63,11 @@ class FakeDevice:
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
         assert stream == 7
         self.queue.append(lambda: ctypes.memmove(to, source, size))
+
+    def prepare(self, source: str) -> None:
+        assert source == SOURCE
+        host_kernels()
+        self.log.append("prepare")
 
     def launch(self, source: str, kernel: str, count: int, arguments: Sequence[Any], stream: int) -> None:
         assert stream == 7

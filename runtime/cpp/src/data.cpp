@@ -3,6 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include <nlohmann/json.hpp>
+
 namespace quantempo::runtime {
 
 namespace {
@@ -63,6 +65,10 @@ Json parse_json(const std::string& text, const std::string& where) {
 void wrong(const std::string& where, const Json& data, const std::string& wanted, const std::string& hint) {
   throw Error(Kind::DataError, where, shown(data), wanted, "the file was edited by hand or is damaged", hint);
 }
+
+bool Node::null() const { return data_->is_null(); }
+
+bool Node::has(const char* key) const { return data_->contains(key); }
 
 std::string Node::text() const {
   if (!data_->is_string()) wrong(where_, *data_, "a value of type str");

@@ -8,9 +8,10 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 
 #include "error.hpp"
 
@@ -31,7 +32,7 @@ class Node {
 
   const Json& data() const { return *data_; }
   const std::string& where() const { return where_; }
-  bool null() const { return data_->is_null(); }
+  bool null() const;
 
   std::string text() const;
   std::int64_t integer() const;
@@ -41,7 +42,7 @@ class Node {
 
   // Refuses what is no object, or has a key beside these.
   const Node& keys(const char* type, std::initializer_list<const char*> known) const;
-  bool has(const char* key) const { return data_->contains(key); }
+  bool has(const char* key) const;
   // The value of a key that must be there (`type` is for the message).
   Node at(const char* type, const char* key) const;
   // The value of a key where it is there; `maybe` takes null for absent.

@@ -45,7 +45,7 @@ class Part;
 
 class Lane {
  public:
-  Lane(const Model& model, Rows rows) : rows(std::move(rows)), model(model) {}
+  Lane(const Model& graphs, Rows planned) : rows(std::move(planned)), model(graphs) {}
 
   // Binds a variant to the lane's memory, or checks that it still takes what it will be fed.
   void bind(const std::string& variant, const std::set<std::string>& fed, const Conditioning& conditioning);

@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <set>
 
+#include <nlohmann/json.hpp>
+
+#include "data.hpp"
+
 namespace quantempo::runtime {
 
 namespace {

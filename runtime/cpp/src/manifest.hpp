@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "data.hpp"
+#include "error.hpp"
 #include "tensors.hpp"
 
 namespace quantempo::runtime {

@@ -10,7 +10,7 @@
 #include <variant>
 #include <vector>
 
-#include "data.hpp"
+#include "error.hpp"
 
 namespace quantempo::runtime {
 

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+
+#include <nlohmann/json.hpp>
 
 #include "data.hpp"
 

@@ -1,0 +1,69 @@
+"""The C++ runtime from Python: the command line in a process of its own, the C interface through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class OpenOptions(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t), ("backend", ctypes.c_char_p), ("library", ctypes.c_char_p),
+        ("threads", ctypes.c_int32), ("dialect", ctypes.c_char_p), ("feature_cache", ctypes.c_char_p),
+        ("settings", ctypes.c_void_p), ("settings_count", ctypes.c_size_t), ("notice", ctypes.c_void_p),
+        ("notice_user", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class Library:
+    """`libquantempo`, opened in this process; meant for what needs no engine."""
+
+    def __init__(self, build: Path) -> None:
+        self.raw = ctypes.CDLL(str(build / "libquantempo.so"))
+        for name in ("quantempo_last_error", "quantempo_status_name", "quantempo_backends"):
+            getattr(self.raw, name).restype = ctypes.c_char_p
+        self.raw.quantempo_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
+        self.raw.quantempo_close.argtypes = [ctypes.c_void_p]
+
+    def open(self, bundle: Path, **options: Any) -> tuple[str, str]:
+        """Open and close a bundle: the name of the status, and the words of the error."""
+        made, handle = OpenOptions(), ctypes.c_void_p()
+        self.raw.quantempo_open_options_defaults(ctypes.byref(made))
+        for name, value in options.items():
+            setattr(made, name, value.encode() if isinstance(value, str) else value)
+        status = self.raw.quantempo_open(str(bundle).encode(), ctypes.byref(made), ctypes.byref(handle))
+        words = self.raw.quantempo_last_error().decode()
+        self.raw.quantempo_close(handle)
+        return self.raw.quantempo_status_name(status).decode(), words
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """`quantempo-sample` of a build with an engine's library."""
+
+    build: Path
+    library: Path
+    engine: str = "ort"
+
+    def run(self, bundle: Path, *words: object) -> subprocess.CompletedProcess[str]:
+        """Run it with the CLI's words."""
+        command = [
+            self.build / "quantempo-sample", bundle, "--engine", self.engine, "--library", self.library, "--quiet",
+            "--threads", 1, *words,
+        ]
+        return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+
+    def latents(self, bundle: Path, shape: Sequence[int], folder: Path, *words: object) -> NDArray[np.float32]:
+        """The final latents of a run."""
+        file = folder / "latents.bin"
+        done = self.run(bundle, "--latents", file, *words)
+        assert done.returncode == 0, done.stderr
+        values = np.fromfile(file, "<f4")
+        return values.reshape(-1, *shape).astype(np.float32, copy=False)

@@ -1,0 +1,84 @@
+"""A small bundle of real ONNX graphs whose variants exchange a feature; opened by any runtime in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+from support.bundle_maker import CACHE_FEATURES, make_program
+from support.cached_graphs import DENOISER, VECTORS, deciding, every, onnx_engines
+
+from quantempo.contracts.codec import digest
+from quantempo.contracts.manifest import CacheIndex, Decoder, GraphEntry, Manifest, ProgramIndex
+from quantempo.contracts.program import PREDICTION, Correct, Decide, StepProgram
+from quantempo.contracts.tensors import TensorSpec
+from quantempo.runtime.bundle_writer import BundleWriter
+
+FEATURE = "cache.0"
+LATENT_VECTORS = {
+    "latents.gain": np.linspace(0.9, 1.1, 48, dtype=np.float32).reshape(12, 4),
+    "latents.bias": np.linspace(-0.1, 0.1, 48, dtype=np.float32).reshape(12, 4),
+}
+
+
+def corrected(steps: int) -> StepProgram:
+    """Every second call reuses the feature with a vector of its own, and has its prediction corrected."""
+    program = every(2, steps, "reuse.1", noisy=True)
+    calls = []
+    for index, call in enumerate(program.calls):
+        if call.graph == "reuse.1":
+            rows = {"cache.0.gain": index % 3, "cache.0.bias": (index + 1) % 3}
+            correct = Correct(PREDICTION, PREDICTION, "latents.gain", "latents.bias", index)
+            call = replace(call, vectors=rows, update=(correct, *call.update))
+        calls.append(call)
+    return replace(program, calls=tuple(calls))
+
+
+DECIDE = Decide("probe", threshold=0.16, polynomial=(0.5, 1.1, 0.002))
+CACHED = {
+    4: every(2, 4), 6: corrected(6), 9: deciding(9, DECIDE, noisy=True),
+    10: deciding(10, replace(DECIDE, reference="last_refresh", accumulate=False, threshold=0.3, max_consecutive=3)),
+}
+"""Cached programs by step count: fixed, with vectors and corrections, and two that decide."""
+
+
+def write_onnx_bundle(target: Path, work: Path, steps: Iterable[int] = (1, 2, 4, 5, 6, 9, 10)) -> Path:
+    """Write the bundle; `work` is a scratch folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    engines = onnx_engines(work, "ort")
+    with BundleWriter(target) as writer:
+        graphs = {}
+        for name, engine in engines.items():
+            file = f"graphs/{name}.float-f32.onnx"
+            writer.add_bytes(file, (work / f"{name}.onnx").read_bytes())
+            specs = tuple(
+                tuple(TensorSpec(s.name, s.dtype, s.shape) for s in side.values())
+                for side in (engine.inputs, engine.outputs)
+            )
+            graphs[f"{name}.float-f32"] = GraphEntry(
+                file, (), name, "float", "float32", *specs, reads=(FEATURE,) if name.startswith("reuse") else (),
+                writes=(FEATURE,) if name == "full" else (),
+            )
+            engine.close()
+        for count in steps:
+            writer.add_json(f"programs/{count}.json", make_program(count, noisy=True))
+        for count, program in CACHED.items():
+            writer.add_json(f"programs/cached.{count}.json", program)
+        writer.add_bytes("programs/scheduler_config.json", b"{}\n")
+        writer.add_bytes("cache.json", b"{}\n")
+        writer.add_bytes("vectors.safetensors", save({**VECTORS, **LATENT_VECTORS}))
+        writer.finish(
+            Manifest(
+                name="parts", precision="float32", requires=CACHE_FEATURES, files={}, graphs=graphs, denoiser=DENOISER,
+                decoder=Decoder(), vectors="vectors.safetensors", default_guidance=2.0,
+                programs=ProgramIndex(
+                    "EchoScheduler", digest("parts"), {str(n): f"programs/{n}.json" for n in steps},
+                    "programs/scheduler_config.json", default_steps=5,
+                ),
+                cache=CacheIndex("cache.json", {str(n): f"programs/cached.{n}.json" for n in CACHED}),
+            )
+        )
+    return target
