@@ -132,6 +132,7 @@ def main() -> None:
 
     def keep(part: str, name: str, found: dict[str, Any]) -> None:
         report.setdefault(part, {})[name] = found
+        report.setdefault("commands", {})[f"{part} {name}"] = openvino_speed.command()
         if options.json is not None:
             options.json.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
 

@@ -1,7 +1,7 @@
 """Speed of the portable dialect on OpenVINO beside ONNX Runtime and torch, side by side in one process.
 
 All variants take turns, as in int8_speed.py, whose models and random weights these are.  INT8 runs with the unquantized
-rest in float32 and in bfloat16; the faster of the two is what ratios are taken of, and NAME is its row.
+rest in float32 and in bfloat16; ratios are taken of the faster of the two.
 
     python benchmarks/openvino_speed.py --json docs/openvino_speed.json
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -40,7 +42,9 @@ def main() -> None:
     add_arguments(parser)
     options = parser.parse_args()
     pin()
-    report: dict[str, Any] = {"machine": machine(), "batch": int8_speed.BATCH, "groups": int8_speed.GROUPS}
+    report: dict[str, Any] = {
+        "machine": machine(), "batch": int8_speed.BATCH, "groups": int8_speed.GROUPS, "command": command(),
+    }
     for name in models(options):
         with tempfile.TemporaryDirectory() as scratch:
             report[name] = measure(name, options.keep / name if options.keep else Path(scratch), options)
@@ -67,6 +71,11 @@ def pin() -> None:
     """One thread on one core."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def command() -> str:
+    """How this was started."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

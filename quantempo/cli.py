@@ -65,7 +65,7 @@ def sample(
 ) -> None:
     """Generate images from a bundle and write them as one grid."""
     import quantempo
-    from quantempo.runtime.images import grid
+    from quantempo.runtime.images import grid, save
 
     _refuse_existing(out, overwrite)
     session = quantempo.load(bundle, engine=engine, threads=threads, feature_cache=cache)
@@ -76,7 +76,7 @@ def sample(
         num_inference_steps=None if program else steps or None, guidance_scale=guidance,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(list(result.images), columns=count if len(names) > count else 0).save(out)
+    save(grid(list(result.images), columns=count if len(names) > count else 0), out)
     timings = result.timings
     reused = f", {timings.reused / timings.rows:.0%} of the evaluations reused features" if timings.reused else ""
     typer.echo(f"wrote {out}: {len(result.images)} images, {timings.total:.2f} s{reused}")

@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from quantempo.contracts.codec import from_data, parse_json
+from quantempo.contracts.cache import FULL, CachePlan
+from quantempo.contracts.codec import from_data, parse_json, to_data
 from quantempo.contracts.plan import Keep, QuantPlan
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 
@@ -31,6 +32,9 @@ def describe(path: Path) -> dict[str, Any]:
         facts["scales"] = {
             "groups": manifest.partition.groups, "low": manifest.partition.low, "high": manifest.partition.high,
         }
+    cache = cache_facts(bundle)
+    if cache is not None:
+        facts["cache"] = cache
     plan = load_plan(bundle)
     if plan is not None:
         facts["sites"] = site_counts(plan)
@@ -45,6 +49,24 @@ def load_plan(bundle: OpenBundle) -> QuantPlan | None:
         return None
     file = bundle.path(bundle.manifest.plan)
     return from_data(QuantPlan, parse_json(file.read_bytes(), str(file)), file.name)
+
+
+def cache_facts(bundle: OpenBundle) -> dict[str, Any] | None:
+    """Policy, cuts, and by number of steps the share of calls that reuse features; `None` without caching.
+
+    With decisions at run time the share is the largest that is possible.
+    """
+    index = bundle.manifest.cache
+    if index is None:
+        return None
+    file = bundle.path(index.plan)
+    plan = from_data(CachePlan, parse_json(file.read_bytes(), str(file)), file.name)
+    reused = {
+        steps: sum(call != FULL for call in plan.schedules[steps].calls) / len(plan.schedules[steps].calls)
+        for steps in sorted(index.programs, key=int)
+    }
+    cuts = {name: {"kind": cut.kind, **to_data(cut)} for name, cut in plan.cuts.items()}
+    return {"policy": plan.policy, "reused": reused, "cuts": cuts}
 
 
 def site_counts(plan: QuantPlan) -> dict[str, int]:
@@ -79,6 +101,10 @@ def render(facts: dict[str, Any]) -> str:
         sites = facts["sites"]
         lines.append(f"  sites      {sites['quantized']} of {sites['total']} quantized, {sites['kept']} kept in float:")
         lines += [f"               {count} × {reason}" for reason, count in facts["kept"].items()]
+    if "cache" in facts:
+        cache = facts["cache"]
+        shares = ", ".join(f"{100 * share:.0f} % at {steps} steps" for steps, share in cache["reused"].items())
+        lines.append(f"  cache      {cache['policy']}, calls that reuse features: {shares}")
     lines += [f"  made with  {', '.join(f'{k} {v}' for k, v in _versions(facts).items())}"]
     return "\n".join(lines)
 

@@ -33,7 +33,7 @@ from quantempo.stages.calibration import (
     calibration_stage,
     trajectory_batches,
 )
-from quantempo.stages.dialects import chosen_graphs, lower_graphs, scanned_tensors
+from quantempo.stages.dialects import GraphChoice, chosen_graphs, lower_graphs, scanned_tensors
 from quantempo.stages.mining import FirstRound, second_round
 from quantempo.stages.model import Exported, Opened, export_model, open_model, plan_stage, trace_scheduler
 from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
@@ -128,17 +128,9 @@ def compile_model(
         collected, table, weights, keys = _numbers(store, exported, view, plan, taps, opened, loop)
         guarded = guard_stage(exported, plan, table, weights, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
-        cache = None
-        if cut is not None:
-            parts = CacheParts(
-                exported, plan, table, weights, collected.statistics, view.manifest, recipe, opened.arrays
-            )
-            cache = cache_stage(store, parts, cut, keys)
-        scanned = scanned_tensors(exported.graph, choice)
-        if scanned:
-            with progress.stage("ranges", WRITES):
-                ranges = scan_ranges(view, scanned, exported.program(scan_steps(recipe)), recipe, given)
-            choice = dataclasses.replace(choice, ranges=ranges)
+        parts = CacheParts(exported, plan, table, weights, collected.statistics, view.manifest, recipe, given)
+        cache = None if cut is None else cache_stage(store, parts, cut, keys)
+        choice = _with_ranges(choice, exported, view, opened, progress)
         with progress.stage("write", WRITES), BundleWriter(out, overwrite=overwrite) as writer:
             manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache)
             if recipe.reference:
@@ -165,6 +157,19 @@ def _check(out: Path, overwrite: bool, recipe: Recipe, plan_file: Path | None) -
             f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
             remedy="give the plan.json of a bundle of this model, as it is or edited",
         )
+
+
+def _with_ranges(
+    choice: GraphChoice, exported: Exported, view: OpenBundle, opened: Opened, progress: Progress
+) -> GraphChoice:
+    """The choice with the ranges that its graphs need."""
+    scanned = scanned_tensors(exported.graph, choice)
+    if not scanned:
+        return choice
+    with progress.stage("ranges", WRITES):
+        program = exported.program(scan_steps(opened.recipe))
+        ranges = scan_ranges(view, scanned, program, opened.recipe, opened.arrays)
+    return dataclasses.replace(choice, ranges=ranges)
 
 
 def _numbers(

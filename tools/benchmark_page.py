@@ -137,7 +137,7 @@ def on_openvino(results: dict[str, Any]) -> str:
     machine = results["machine"]
     lines = [
         "## Speed on OpenVINO, 1 pinned thread", "", "```bash",
-        "python benchmarks/openvino_speed.py --json docs/openvino_speed.json", "```", "",
+        results["command"], "```", "",
         f"{machine['cpu']} ({', '.join(machine['features'])}), OpenVINO {machine['versions']['openvino']}, "
         f"ONNX Runtime {machine['versions']['onnxruntime']}, torch {machine['versions']['torch']}; "
         f"batch {results['batch']}, {results['groups']} groups, random weights.", "",
@@ -163,7 +163,7 @@ def beside_nncf(results: dict[str, Any]) -> str:
     machine = results["machine"]
     lines = [
         "## Beside NNCF, on OpenVINO", "", "```bash",
-        "python benchmarks/nncf_comparison.py --json docs/nncf.json", "```", "",
+        *dict.fromkeys(results["commands"].values()), "```", "",
         f"NNCF {machine['nncf']}, OpenVINO {machine['versions']['openvino']}, {machine['cpu']} "
         f"({', '.join(machine['features'])}).", "",
     ]

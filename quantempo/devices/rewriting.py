@@ -22,10 +22,16 @@ def plan_and_float_graph(bundle: OpenBundle) -> tuple[QuantPlan, Graph]:
     """What a quantized graph can be lowered from again.
 
     Raises:
-        BundleError: a float bundle, or one without its reference.
+        BundleError: a float bundle, one without its reference, or one with feature caching.
     """
     from quantempo.export.graph_files import load_graph
 
+    if bundle.manifest.cache is not None:
+        raise BundleError(
+            f"{bundle.root}", found="a bundle with feature caching", wanted="one without",
+            cause="its variants and corrections were fitted on the scales and steps that would change",
+            remedy="compile it again with --cache none",
+        )
     plan = load_plan(bundle)
     folder = bundle.root / REFERENCE
     if plan is None or not (folder / MANIFEST_NAME).is_file():

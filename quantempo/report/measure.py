@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +121,7 @@ class Sampler:
     session: Session
     options: ReportOptions
     program: StepProgram | None = None
+    feature_cache: Literal["auto", "none", "plan"] | None = None
 
     def labels(self, count: int) -> NDArray[np.int64] | None:
         """The label of each sample; `None` for a model without classes."""
@@ -138,7 +140,7 @@ class Sampler:
                 class_labels=None if labels is None else labels[start:stop].tolist(),
                 seed=list(range(first_seed + start, first_seed + stop)), guidance_scale=guidance,
                 num_inference_steps=None if self.program else self.options.steps, program=self.program,
-                output_type="np", batch_size=stop - start,
+                output_type="np", batch_size=stop - start, feature_cache=self.feature_cache,
             )
             parts.append(np.asarray(out.images, np.float32))
             if advance is not None:
@@ -155,8 +157,9 @@ def sessions(subject: Subject, options: ReportOptions) -> Iterator[tuple[Session
         return open_engine(options.engine, path, asked)
 
     dialects = [bundle_dialect(options.engine, bundle) for bundle in (subject.bundle, subject.reference)]
+    # The fidelity of the numbers is that of uncached runs; `quantempo.report.caching` measures caching.
     with (
-        Session(subject.bundle, opened, given, dialects[0]) as quantized,
+        Session(subject.bundle, opened, given, dialects[0], "none") as quantized,
         Session(subject.reference, opened, given, dialects[1]) as floating,
     ):
         yield quantized, floating
@@ -184,7 +187,14 @@ def session_with_table(subject: Subject, table: ScaleTable, options: ReportOptio
         def open_variant(path: Path, given: EngineOptions) -> Engine:
             return _open(Path(folder) / written.file if path.name == Path(entry.file).name else path, given)
 
-        manifest = dataclasses.replace(subject.bundle.manifest, partition=table.partition)
+        # This graph writes no features, so that variants that read them would have none.
+        plain = {
+            n: dataclasses.replace(e, writes=(), outputs=tuple(s for s in e.outputs if s.name not in e.writes))
+            for n, e in subject.bundle.manifest.graphs.items() if not e.reads
+        }
+        manifest = dataclasses.replace(
+            subject.bundle.manifest, partition=table.partition, cache=None, vectors=None, graphs=plain
+        )
         bundle = dataclasses.replace(subject.bundle, manifest=manifest)
         with Session(bundle, open_variant, EngineOptions(threads=options.threads), entry.dialect) as session:
             yield session

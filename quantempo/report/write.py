@@ -15,6 +15,7 @@ from quantempo.inspection import site_counts, sizes
 from quantempo.progress import Advance, Progress, SilentProgress
 from quantempo.quality import Images
 from quantempo.report.analysis import drifts, noise_by_tensor
+from quantempo.report.caching import measure_cache
 from quantempo.report.figures import write_figures
 from quantempo.report.measure import (
     Fidelity,
@@ -35,6 +36,7 @@ from quantempo.report.measure import (
 from quantempo.report.page import Pictures, best_single, write_page
 from quantempo.report.sheet import AMPLIFY, Panel, contact_sheet, error_panel
 from quantempo.report.worst import measure_gains
+from quantempo.runtime.session import Session
 
 REPORT_VERSION = 1
 SHEET_IMAGES = 16
@@ -98,6 +100,7 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
                 with progress.stage(f"sample {name}, guidance {guidance:g}") as advance:
                     sampler = Sampler(session, options)
                     drawn[name][guidance] = sampler.images(options.samples, guidance, advance=advance)
+        caching = _caching(quantized, floating, options, drawn, progress)
         populations = None
         if options.population and options.judge is not None:
             with progress.stage("accuracy and Fréchet distance") as advance:
@@ -113,6 +116,9 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
         for g in options.guidance
     ]
     facts = report_facts(subject, options, results, speed)
+    if caching is not None:
+        facts["cache"] = caching[0]
+        facts["speed"].update(caching[1])
     with progress.stage("worst sites") as advance:
         facts["analysis"] = analyse(subject, options, drawn["float"][options.guidance[0]], advance)
     if options.min_psnr_db is not None:
@@ -134,6 +140,18 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
     write_page(folder / "index.html", subject.bundle.manifest.name, facts, partition, pictures)
     (folder / "report.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     return ReportSummary(folder, facts)
+
+
+def _caching(
+    quantized: Session, floating: Session, options: ReportOptions, drawn: dict[str, dict[float, Images]],
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, float]] | None:
+    if quantized.bundle.manifest.cache is None:
+        return None
+    head = options.guidance[0]
+    with progress.stage("feature caching"):
+        images = {"float": drawn["float"][head], "uncached": drawn["groups"][head]}
+        return measure_cache(quantized, floating, options, images)
 
 
 def analyse(subject: Subject, options: ReportOptions, reference: Images, advance: Advance) -> dict[str, Any]:
@@ -248,6 +266,13 @@ def table(facts: dict[str, Any]) -> str:
             f"speed      {speed['int8_ms_per_call']:.2f} ms a call, float {speed['float_ms_per_call']:.2f} ms "
             f"({speed['float_ms_per_call'] / speed['int8_ms_per_call']:.2f}×); "
             f"the loop itself {speed['loop_overhead_ms_per_call']:.3f} ms"
+        )
+    if "cache" in facts:
+        cache = facts["cache"]
+        lines.append(
+            f"caching    {cache['policy']} at {cache['steps']} steps: PSNR {cache['psnr_db']:.2f} dB, uncached "
+            f"{cache['psnr_db_uncached']:.2f} dB, uncorrected {cache['psnr_db_naive']:.2f} dB; a run takes "
+            f"{speed['trajectory_ms']:.1f} ms, uncached {speed['trajectory_ms_uncached']:.1f} ms"
         )
     worst = facts["analysis"]["worst"][:3]
     if worst:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantempo.contracts.cache import FULL, CachePlan, Cut, DeltaCut, FeatureCut, reuse_name
+from quantempo.contracts.cache import CachePlan, Cut, DeltaCut, FeatureCut, reuse_name
 from quantempo.contracts.codec import canonical_json, digest, from_data, parse_json, to_data
 from quantempo.contracts.manifest import CacheIndex, Manifest
 from quantempo.contracts.plan import QuantPlan
@@ -222,7 +222,8 @@ def named_cut(graph: Graph, text: str) -> Cut:
     if not first <= last < depth:
         raise refuse_cut(
             f"cut {text!r}", f"blocks {first} to {last}", f"a range within 0 to {depth - 1}",
-            f"{blocks} has {depth} blocks; it was meant for a model of another depth", "choose blocks that the model has",
+            f"{blocks} has {depth} blocks; it was meant for a model of another depth",
+            "choose blocks that the model has",
         )
     return DeltaCut(first, last, depth, blocks)
 
@@ -321,14 +322,6 @@ def _read(result: StageResult, parts: CacheParts, graphs: CacheGraphs, steps: tu
         },
         result.path(REPORT).read_bytes(),
     )
-
-
-def reused_calls(plan: CachePlan) -> dict[str, float]:
-    """Share of the calls that reuse features, by number of steps."""
-    return {
-        steps: sum(name != FULL for name in schedule.calls) / len(schedule.calls)
-        for steps, schedule in sorted(plan.schedules.items(), key=lambda item: int(item[0]))
-    }
 
 
 def _refuse(field: str, found: object, wanted: str, cause: str, remedy: str) -> RequestError:

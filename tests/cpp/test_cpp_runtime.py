@@ -18,7 +18,7 @@ from support.onnx_bundles import CACHED, write_onnx_bundle
 from quantempo.contracts.codec import canonical_json
 from quantempo.pipeline import compile_model
 from quantempo.recipe import Recipe
-from quantempo.runtime.images import grid
+from quantempo.runtime.images import grid, save
 from quantempo.runtime.session import Session
 from quantempo.stages.model import trace_scheduler
 
@@ -61,7 +61,8 @@ CALLS: list[tuple[list[object], dict[str, Any]]] = [
 @pytest.mark.parametrize("steps", [1, 5, *CACHED])
 @pytest.mark.parametrize("cache", ["auto", "none"])
 def test_latents_are_those_of_python(
-    sampler: Sampler, parts: Path, tmp_path: Path, words: list[object], arguments: dict[str, Any], steps: int, cache: str
+    sampler: Sampler, parts: Path, tmp_path: Path, words: list[object], arguments: dict[str, Any], steps: int,
+    cache: str,
 ) -> None:
     if cache == "none" and steps not in CACHED:
         pytest.skip("has no cached program: the same run as with 'auto'")
@@ -127,7 +128,9 @@ def compare(sampler: Sampler, bundle: Path, folder: Path, scheduler: str, steps:
     assert np.isfinite(wanted.latents).all()
     assert same(found, wanted.latents)
     sheet = grid(list(wanted.images), columns=1)
+    save(sheet, folder / "python.png")
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(out)))
+    assert out.read_bytes() == (folder / "python.png").read_bytes()
 
 
 def test_notices_of_a_run_are_told(sampler: Sampler, parts: Path) -> None:

@@ -117,7 +117,9 @@ def test_a_healthy_graph_has_nothing_to_report_anywhere(net: Net, name: str) -> 
 def test_our_portable_graph_with_groups_has_nothing_to_report(tmp_path: Path, name: str) -> None:
     path = tmp_path / "portable.onnx"
     ir.save(lowered(lower_portable), path)
-    assert check_graph(path, target(name, CPU_WITH_VNNI)) == ()
+    found = check_graph(path, target(name, CPU_WITH_VNNI))
+    # Turing's library reads float16 graphs alone, and this one is float32.
+    assert [finding.rule for finding in found] == (["float-type"] if name == "rtx-turing" else [])
 
 
 def lowered(lower: Callable[..., ir.Model]) -> ir.Model:
@@ -275,7 +277,7 @@ def test_fp8_is_refused_where_the_device_has_none(net: Net, name: str) -> None:
     net.infer = False
     net.product(net.quantized("x", zero=0.0, kind=TensorProto.FLOAT8E4M3FN), net.weight())
     has = "fp8" in target(name).formats
-    assert has == (name in ("thor", "ada", "hopper", "blackwell", "rtx-ada", "rtx-blackwell"))
+    assert has == (name in ("thor", "ada", "hopper", "blackwell", "rtx-ada", "rtx-blackwell", "rtx-spark"))
     report = found(net.save(), name, "number-format")
     assert {f.level for f in report} == (set() if has else {"refused"})
     assert has or "this target has int8" in report[0].remedy

@@ -69,7 +69,7 @@ def test_our_errors_end_with_1_in_five_parts_and_without_a_traceback(cli: Any, t
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (("--dtype", "int4"), "recipe, precision: found 'int4', wanted int8 or float32"),
+        (("--dtype", "int4"), "recipe, precision: found 'int4', wanted int8 or fp8 or float32"),
         (("--activation-bits", "12"), "recipe, activation_bits: found 12, wanted 2 to 8"),
         (("--groups", "many"), "groups: found 'many'"),
         (("--range-method", "magic"), "'magic'"),
@@ -193,7 +193,7 @@ def test_report_prints_its_table_and_says_where_it_is(
     assert (code, "Traceback" in err) == (0, False)
     assert "guidance 1.5" in text
     assert "guidance 3" in text
-    assert f"wrote {made.root / 'report' / 'report.json'}" in text
+    assert f"wrote {made.root / 'report' / 'index.html'}" in text
     facts = json.loads((made.root / "report" / "report.json").read_text())
     assert facts["quality"]["samples"] == 3
 

@@ -27,7 +27,7 @@ def test_a_misspelt_setting_is_named() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("precision", "int4", "int8 or float32"), ("weight_method", "max", "gptq or mse or minmax"), 
+        ("precision", "int4", "int8 or fp8 or float32"), ("weight_method", "max", "gptq or mse or minmax"), 
         ("activation_bits", 1, "2 to 8"), ("activation_bits", 9, "2 to 8"), ("steps", (), "at least one positive"),
         ("steps", (20, 0), "at least one positive"), ("guidance", (), "at least one scale"),
         ("guidance", (1.0, -0.5), "at least one scale"), ("samples", 0, "at least one sample"),

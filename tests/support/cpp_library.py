@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "runtime" / "cpp"
+TOOLS = shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"))
+
+
+def call(*words: object, **environment: str) -> str:
+    """Run a program and return what it prints; its words are the test's when it fails."""
+    done = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def configure_and_build(folder: Path, *options: str) -> Path:
+    """A build folder; what is up to date in it is kept.  Skips where there is no CMake or no compiler."""
+    if not TOOLS:
+        pytest.skip("needs cmake and a C++ compiler")
+    fresh = not (folder / "CMakeCache.txt").exists()
+    generator = ("-G", "Ninja") if shutil.which("ninja") and fresh else ()
+    call("cmake", "-S", SOURCE, "-B", folder, *generator, *options)
+    call("cmake", "--build", folder, "-j", "2")
+    return folder
 
 
 class OpenOptions(ctypes.Structure):

@@ -145,10 +145,12 @@ Bundle Bundle::open(const std::string& path) {
                       made.partition->edges.size() + 1);
   }
   if (made.cache) {
-    for (const auto& [steps, name] : made.cache->programs) {
+    std::map<std::int64_t, std::string> ascending;
+    for (const auto& [steps, name] : made.cache->programs) ascending.emplace(count_of(steps), name);
+    for (const auto& [steps, name] : ascending) {
       StepProgram program = bundle.load_program(name);
-      quantempo::runtime::check_cached(made, steps, name, program, bundle.vectors_);
-      bundle.cached_.emplace(count_of(steps), std::move(program));
+      check_cached(made, std::to_string(steps), name, program, bundle.vectors_);
+      bundle.cached_.emplace(steps, std::move(program));
     }
   }
   return bundle;

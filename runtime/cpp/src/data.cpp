@@ -56,8 +56,12 @@ std::string where_of(const std::string& where, const std::string& key) { return 
 Json parse_json(const std::string& text, const std::string& where) {
   try {
     return Json::parse(text);
-  } catch (const Json::exception& error) {
-    throw Error(Kind::DataError, where, std::string("text that is not JSON (") + error.what() + ")", "a JSON document",
+  } catch (const Json::parse_error& error) {
+    // The library's own words may hold the bytes that it could not read.
+    throw Error(Kind::DataError, where, "text that is not JSON (at byte " + std::to_string(error.byte) + ")",
+                "a JSON document", "the file is damaged or was cut short", "write the file anew");
+  } catch (const Json::exception&) {
+    throw Error(Kind::DataError, where, "text that is not JSON (a number out of range)", "a JSON document",
                 "the file is damaged or was cut short", "write the file anew");
   }
 }

@@ -51,7 +51,8 @@ Combine::Combine(const std::vector<double>& scales, double rescale, std::size_t 
 void Combine::operator()(const float* conditional, const float* unconditional, float* out) {
   if (guided_.size() < batch_) std::memcpy(out, conditional, batch_ * count_ * sizeof *out);
   for (std::size_t row = 0; row < guided_.size(); ++row) {
-    const auto [sample, scale] = guided_[row];
+    const std::size_t sample = guided_[row].first;
+    const double scale = guided_[row].second;
     const float* c = conditional + sample * count_;
     const float* u = unconditional + row * count_;
     float* to = out + sample * count_;

@@ -149,14 +149,18 @@ void collect(std::vector<Span> pending, std::set<std::string>& names) {
               "compile the bundle again");
 }
 
-// Calls `read` with the main graphs of a mapped file.
+std::vector<Span> main_graphs(const unsigned char* bytes, std::size_t size) {
+  auto graphs = children({bytes, bytes + size}, 7);
+  if (graphs.empty()) throw std::runtime_error("no graph in it");
+  return graphs;
+}
+
+// Calls `read` with the bytes of a graph file.
 template <typename Read>
-void with_graphs(const std::string& graph, const Read& read) {
+void with_bytes(const std::string& graph, const Read& read) {
   try {
     const MappedFile file(graph);
-    const auto graphs = children({file.data(), file.data() + file.size()}, 7);
-    if (graphs.empty()) throw std::runtime_error("no graph in it");
-    read(graphs);
+    read(file.data(), file.size());
   } catch (const Error&) {
     throw;
   } catch (const std::runtime_error& error) {
@@ -192,23 +196,33 @@ void check_location(const std::string& graph, const std::string& folder, const s
 
 }  // namespace
 
+std::vector<std::string> external_locations(const unsigned char* bytes, std::size_t size) {
+  std::set<std::string> names;
+  collect(main_graphs(bytes, size), names);
+  return {names.begin(), names.end()};
+}
+
+std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::size_t size) {
+  std::vector<ExternalTensor> found;
+  for (const Span graph : main_graphs(bytes, size)) {
+    for (const Span tensor : children(graph, 5)) {
+      ExternalTensor read = read_tensor(tensor);
+      if (!read.location.empty()) found.push_back(std::move(read));
+    }
+  }
+  return found;
+}
+
 void check_external_files(const std::string& graph) {
   const std::string folder = graph.substr(0, graph.rfind('/') + 1);
-  std::set<std::string> names;
-  with_graphs(graph, [&](const std::vector<Span>& graphs) { collect(graphs, names); });
-  for (const auto& name : names) check_location(graph, folder, name);
+  with_bytes(graph, [&](const unsigned char* bytes, std::size_t size) {
+    for (const auto& name : external_locations(bytes, size)) check_location(graph, folder, name);
+  });
 }
 
 std::vector<ExternalTensor> external_tensors(const std::string& graph) {
   std::vector<ExternalTensor> found;
-  with_graphs(graph, [&](const std::vector<Span>& graphs) {
-    for (const Span main : graphs) {
-      for (const Span tensor : children(main, 5)) {
-        ExternalTensor read = read_tensor(tensor);
-        if (!read.location.empty()) found.push_back(std::move(read));
-      }
-    }
-  });
+  with_bytes(graph, [&](const unsigned char* bytes, std::size_t size) { found = external_tensors(bytes, size); });
   return found;
 }
 

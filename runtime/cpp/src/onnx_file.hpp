@@ -19,6 +19,11 @@ struct ExternalTensor {
 // Refuses a graph whose weight files lie outside its folder, are missing, or are reached through a link.
 void check_external_files(const std::string& graph);
 
+// The same two questions for the bytes of a graph: every location that it names, and the weights of its main graph.
+// Throws `std::runtime_error` where they are no protobuf message.
+std::vector<std::string> external_locations(const unsigned char* bytes, std::size_t size);
+std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::size_t size);
+
 // Weights in files beside the graph; those of subgraphs are left to the engine.  Throws `EngineError`.
 std::vector<ExternalTensor> external_tensors(const std::string& graph);
 

@@ -47,7 +47,7 @@ Operation read_operation(const Node& node) {
                    node.at("Correct", "row").integer()};
   }
   const Json missing;
-  wrong(node.where() + ".kind", kind ? kind->data() : missing, "a kind among clamp, correct, lin, noise",
+  wrong(node.where(), kind ? kind->data() : missing, "a kind among clamp, correct, lin, noise",
         nearest(word, {"clamp", "correct", "lin", "noise"}));
 }
 
@@ -157,7 +157,7 @@ class Check {
 
   void decision(const std::string& place, const Decide& decide, const Decide& first) const {
     if (!(std::isfinite(decide.threshold) && decide.threshold >= 0)) {
-      refuse(place + ".threshold", general(decide.threshold), "a finite number of at least 0");
+      refuse(place + ".threshold", Json(decide.threshold).dump(), "a finite number of at least 0");
     }
     if (decide.max_consecutive < 1) {
       refuse(place + ".max_consecutive", std::to_string(decide.max_consecutive), "at least 1");

@@ -111,16 +111,18 @@ void check_array(const ArrayInput& spec, const GivenArray& array) {
 // The number of samples; everything that tells one must agree, and a single value spreads over the batch.
 std::int64_t batch_of(const Request& request, const Manifest& manifest) {
   std::vector<std::pair<std::string, std::int64_t>> told;
-  const auto tell = [&](const std::string& name, std::size_t count, bool single) {
-    if (count != 1 || single) told.emplace_back(name, static_cast<std::int64_t>(count));
+  const auto tell = [&](const std::string& name, std::size_t count) {
+    if (count != 1) told.emplace_back(name, static_cast<std::int64_t>(count));
   };
   if (request.batch) told.emplace_back("batch_size", *request.batch);
-  if (request.labels) tell("class_labels", request.labels->size(), false);
-  for (const auto& array : request.arrays) tell(array.name, static_cast<std::size_t>(array.shape[0]), false);
+  if (request.labels) tell("class_labels", request.labels->size());
+  for (const auto& array : request.arrays) tell(array.name, static_cast<std::size_t>(array.shape[0]));
   const std::size_t sample = element_count(manifest.denoiser.latents_shape);
-  if (request.latents != nullptr) tell("latents", request.latents_count / sample, false);
-  if (request.seeds) tell("seed", request.seeds->size(), false);
-  if (request.guidance) tell("guidance_scale", request.guidance->size(), false);
+  // Another number of elements is refused below, in words of its own.
+  const bool whole = request.latents_count != 0 && request.latents_count % sample == 0;
+  if (request.latents != nullptr && whole) tell("latents", request.latents_count / sample);
+  if (request.seeds) tell("seed", request.seeds->size());
+  if (request.guidance) tell("guidance_scale", request.guidance->size());
   std::int64_t batch = told.empty() ? 1 : told.front().second;
   for (const auto& entry : told) batch = std::max(batch, entry.second);
   for (const auto& [name, size] : told) {
@@ -132,7 +134,8 @@ std::int64_t batch_of(const Request& request, const Manifest& manifest) {
   constexpr std::int64_t largest = 1 << 20;
   const auto limit = manifest.denoiser.max_batch.value_or(largest);
   if (batch < 1 || batch > limit) {
-    refuse("batch", std::to_string(batch) + " samples", "1 to " + std::to_string(limit),
+    refuse("batch", std::to_string(batch) + " samples",
+           manifest.denoiser.max_batch ? "1 to " + std::to_string(limit) : "at least 1",
            "the nearest legal batch is " + std::to_string(batch < 1 ? 1 : limit) + "; split the call",
            batch < 1 ? "an empty list of samples"
                      : "the bundle was compiled for at most " + std::to_string(limit) + " rows");

@@ -1,0 +1,82 @@
+"""The C interface from a native program, the installed package from a project of its own, and sanitizer builds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.cpp_library import ROOT, call, configure_and_build
+from support.onnx_bundles import write_onnx_bundle
+
+CONSUMER = ROOT / "tests" / "cpp" / "consumer"
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    return write_onnx_bundle(folder / "b", folder / "work")
+
+
+def test_null_and_short_arguments_callbacks_threads_and_cancelling(built: Path, ort_library: Path, parts: Path) -> None:
+    out = call(built / "quantempo-interface", parts, ort_library, built / "libold_engine.so")
+    assert out == "0 failures\n"
+
+
+def test_an_installed_tree_serves_a_project_of_its_own(
+    built: Path, ort_library: Path, parts: Path, tmp_path: Path
+) -> None:
+    call("cmake", "--install", built, "--prefix", tmp_path / "installed")
+    call("cmake", "-S", CONSUMER, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}")
+    call("cmake", "--build", tmp_path / "build")
+    import quantempo
+
+    said = call(tmp_path / "build" / "consumer", parts, ort_library)
+    session = quantempo.load(parts, engine="ort", threads=1)
+    wanted = session(3, seed=1, num_inference_steps=4, output_type="latent").latents
+    assert np.float32(float(said)) == wanted.flat[0]
+
+
+def test_the_c_example_writes_a_picture(built: Path, ort_library: Path, parts: Path, tmp_path: Path) -> None:
+    command = [built / "quantempo-minimal", parts, tmp_path / "out.png", ort_library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # This bundle has latents of four channels and no decoder: the example says what the library says.
+    assert done.returncode == 1
+    assert "RequestError: PNG: found 4 channels, wanted 1 or 3" in done.stderr
+    assert "step 4 of 4" in done.stdout
+
+
+def test_exported_names_are_those_of_the_header(built: Path) -> None:
+    listed = call("nm", "-D", "--defined-only", built / "libquantempo.so").split()
+    names = {name for name in listed if name.startswith("quantempo_")}
+    header = (ROOT / "runtime/cpp/include/quantempo/quantempo.h").read_text()
+    assert names == set(re.findall(r"(quantempo_\w+)\(", header))
+    assert len(names) >= 20
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(ort_library: Path, parts: Path, sanitizer: str) -> None:
+    build = configure_and_build(
+        ROOT / "build" / f"cpp-{sanitizer.split(',')[0]}", "-DQUANTEMPO_TESTS=ON", f"-DQUANTEMPO_SANITIZE={sanitizer}",
+        "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+    )
+    options = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+               "TSAN_OPTIONS": f"halt_on_error=1 suppressions={ROOT / 'runtime/cpp/tests/tsan.txt'}"}
+    call(build / "quantempo-interface", parts, ort_library, build / "libold_engine.so", **options)
+    for steps in (4, 6, 9, 10):
+        call(build / "quantempo-sample", parts, "--library", ort_library, "--class", 1, "--class", 2, "--steps", steps,
+             "--threads", 1, **options)
+
+
+@pytest.mark.full
+def test_a_short_fuzz_of_everything_that_reads_bytes_finds_nothing(tmp_path: Path) -> None:
+    build = configure_and_build(
+        ROOT / "build" / "cpp-fuzz", "-DQUANTEMPO_FUZZ=ON", "-DQUANTEMPO_EXAMPLES=OFF",
+        "-DQUANTEMPO_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+    )
+    corpus = shutil.copytree(ROOT / "runtime/cpp/fuzz/corpus", tmp_path / "corpus")
+    call(build / "fuzz-bundle", corpus, "-runs=20000", "-seed=1")  # fails on the first finding
