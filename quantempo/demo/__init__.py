@@ -44,7 +44,8 @@ def run_demo(out: Path, overwrite: bool = False, threads: int = 0, progress: Pro
         digits = [digit for digit in range(10) for _ in range(8)]
         images = session(class_labels=digits, seed=0, num_inference_steps=20, guidance_scale=1.5).images
     report = write_report(
-        out, ReportOptions(samples=50, population=200, guidance=(1.5, 4.0), judge=JUDGE, threads=threads),
+        out,
+        ReportOptions(samples=50, population=200, guidance=(1.5, 4.0), judge=JUDGE, threads=threads, worst=5),
         progress=progress,
     )
     grid(list(images), columns=8).save(out / "report" / "samples.png")
