@@ -69,6 +69,9 @@ def check_python(words: list[str]) -> None:
     script = ROOT / words[1]
     assert script.is_file(), f"{words[1]} does not exist"
     text = script.read_text()
+    # Options that several scripts share are declared in one of them.
+    shared = [path for path in script.parent.glob("*.py") if re.search(rf"^import {path.stem}$", text, re.MULTILINE)]
+    text += "".join(path.read_text() for path in shared)
     for option in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
         assert f'"{option}"' in text, f"{words[1]} takes no {option}"
 
