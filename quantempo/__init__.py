@@ -48,7 +48,7 @@ def load(
         MissingExtra: the engine is not installed.
         EngineError: the cache folder is open to others.
     """
-    from quantempo.devices.opening import open_session
+    from quantempo.devices.session import open_session
 
     return open_session(path, engine, threads, dialect, settings, cache, feature_cache)
 

@@ -29,13 +29,13 @@ from quantempo.stages.calibration import (
     CalibrationLoop,
     Taps,
     calibrate,
-    calibration_programs,
     calibration_stage,
     trajectory_batches,
 )
 from quantempo.stages.dialects import GraphChoice, chosen_graphs, lower_graphs, scanned_tensors
 from quantempo.stages.mining import FirstRound, second_round
-from quantempo.stages.model import Exported, Opened, export_model, open_model, plan_stage, trace_scheduler
+from quantempo.stages.model import Exported, Opened, export_model, open_model, plan_stage
+from quantempo.stages.programs import calibration_programs, trace_scheduler
 from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
 from quantempo.stages.range_scan import scan_ranges, scan_steps
 from quantempo.stages.store import StageRun, StageStore, open_store

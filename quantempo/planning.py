@@ -22,8 +22,9 @@ from quantempo.engines.registry import open_engine
 from quantempo.errors import OutputExists
 from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
-from quantempo.stages.calibration import ENGINE, Taps, calibration_programs, trajectory_batches
+from quantempo.stages.calibration import ENGINE, Taps, trajectory_batches
 from quantempo.stages.model import Exported, export_model, open_model, plan_stage
+from quantempo.stages.programs import calibration_programs
 from quantempo.stages.store import StageRun, open_store
 
 if TYPE_CHECKING:

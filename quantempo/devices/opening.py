@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from quantempo.contracts.engine import Engine, EngineOptions
+from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.manifest import GraphEntry
 from quantempo.engines.cache import EngineCache
-from quantempo.engines.registry import compiles, open_engine, preferred_dialect
+from quantempo.engines.registry import compiles, preferred_dialect
 from quantempo.errors import EngineError, RequestError
-from quantempo.runtime.bundle import OpenBundle, read_bundle
-from quantempo.runtime.session import DIALECTS, Session
+from quantempo.runtime.bundle import OpenBundle
+from quantempo.runtime.session import DIALECTS
 
 PLACE = "QUANTEMPO_CACHE"
 """Environment variable: the folder of the engine cache, or `off`."""
@@ -92,33 +92,6 @@ def denoiser_graph(backend: str, bundle: OpenBundle, variant: str = "full") -> G
         wanted=f"one that the engine {backend!r} reads", cause="it was compiled for other engines",
         remedy="choose another engine, or compile it again",
     )
-
-
-def open_session(
-    path: str | Path,
-    engine: str = "ort",
-    threads: int = 0,
-    dialect: str | None = None,
-    settings: Mapping[str, str] | None = None,
-    cache: bool | str | Path = True,
-    feature_cache: str = "auto",
-) -> Session:
-    """Open a bundle; see `quantempo.load`."""
-    from quantempo.devices.choosing import choose_engine
-
-    bundle = read_bundle(path)
-    if engine == AUTO:
-        engine = choose_engine(bundle, threads=threads, settings=settings, cache=cache).label
-    options = engine_options(engine, threads, settings, cache)
-
-    def opened(graph: Path, given: EngineOptions) -> Engine:
-        return open_engine(engine, graph, given)
-
-    session = Session(bundle, opened, options, dialect or bundle_dialect(engine, bundle), feature_cache)
-    place = options.settings.get("cache", "")
-    if place:
-        trim(Path(place))
-    return session
 
 
 def trim(folder: Path, keep_bytes: int = LARGEST) -> tuple[str, ...]:

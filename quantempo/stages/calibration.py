@@ -40,6 +40,7 @@ from quantempo.runtime.loop import Observation
 from quantempo.runtime.request import Request
 from quantempo.runtime.session import Session
 from quantempo.stages.conditioning import arrays_digest, check_arrays, deal_labels
+from quantempo.stages.programs import calibration_programs
 from quantempo.stages.store import StageResult, StageStore
 from quantempo.stages.versions import code, libraries
 
@@ -283,28 +284,6 @@ def trajectory_batches(
 def open_with_default(path: Path, options: EngineOptions) -> Engine:
     """Open a graph with the engine that calibrates."""
     return open_engine(ENGINE, path, options)
-
-
-def calibration_programs(
-    recipe: Recipe, own: Callable[[int], StepProgram]
-) -> dict[ProgramChoice, StepProgram]:
-    """The ways to sample that a recipe asks for.
-
-    Args:
-        recipe: step counts and further schedulers.
-        own: the program of the model's own scheduler for a number of steps.
-    """
-    from quantempo.stages.model import trace_scheduler
-
-    programs = {ProgramChoice(steps): own(steps) for steps in recipe.steps}
-    for index, folder in enumerate(recipe.schedulers):
-        for steps in recipe.steps:
-            program = trace_scheduler(Path(folder), steps)
-            choice = ProgramChoice(steps, program.scheduler)
-            if choice in programs:  # two folders may hold one class with different settings
-                choice = ProgramChoice(steps, f"{program.scheduler}#{index + 1}")
-            programs[choice] = program
-    return programs
 
 
 def sample_request(batch: TrajectoryBatch, denoiser: Denoiser, arrays: Mapping[str, NDArray[Any]]) -> Request:

@@ -18,13 +18,13 @@ from quantempo.contracts.manifest import Decoder, Denoiser
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram, check_program
 from quantempo.engines.registry import open_engine
-from quantempo.errors import MissingExtra, PlanError
+from quantempo.errors import PlanError
 from quantempo.progress import Advance
 from quantempo.recipe import Recipe
 from quantempo.stages.calibration import ENGINE, MAPPED, Taps, trajectory_batches
 from quantempo.stages.conditioning import resolve
 from quantempo.stages.store import StageResult, StageStore
-from quantempo.stages.versions import code, libraries
+from quantempo.stages.versions import code, libraries, require_compile_extra
 
 if TYPE_CHECKING:
     from quantempo.export.families import Family
@@ -71,15 +71,6 @@ class Exported:
         program = from_data(StepProgram, parse_json(path.read_bytes(), str(path)), str(path))
         check_program(program, str(path))
         return program
-
-
-def require_compile_extra() -> None:
-    """Ask for the extra in our words before some import asks for a package in its own."""
-    import importlib.util
-
-    for package in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtra("compile", package=package, extra="compile,cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,11 +272,3 @@ def read_plan(path: Path, exported: Exported) -> QuantPlan:
         )
     check_plan(plan, exported.graph, f"plan {path}")
     return plan
-
-
-def trace_scheduler(scheduler: Path, steps: int) -> StepProgram:
-    """The step program of a scheduler directory."""
-    require_compile_extra()
-    from quantempo.export.sampler import load_scheduler, trace_program
-
-    return trace_program(load_scheduler(scheduler), steps)

@@ -1,4 +1,4 @@
-"""What else a stage's result depends on: the libraries' versions and our own code."""
+"""What else a stage's result depends on: the installed libraries, their versions, and our own code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+from quantempo.errors import MissingExtra
 
 
 def libraries(*names: str) -> Mapping[str, str]:
@@ -32,3 +34,10 @@ def code(*modules: str) -> str:
             total.update(f"{module}/{file.relative_to(origin.parent)}\n".encode())
             total.update(sha256(file.read_bytes()).digest())
     return total.hexdigest()
+
+
+def require_compile_extra() -> None:
+    """Ask for the extra in our words before some import asks for a package in its own."""
+    for package in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "onnxruntime"):
+        if find_spec(package) is None:
+            raise MissingExtra("compile", package=package, extra="compile,cpu")
