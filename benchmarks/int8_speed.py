@@ -4,7 +4,7 @@ All variants take turns, round by round; each round's figure is the median of it
 round, so that a change of the machine's speed hits both sides alike, and the median over rounds is reported.  Weights
 are random: speed does not depend on them.
 
-    python benchmarks/int8_speed.py --model dit-s2 --json dit.json
+    python benchmarks/int8_speed.py --json docs/speed.json        # adds a run to the file, or renews this machine's
     python benchmarks/int8_speed.py --model unet --threads 2
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -80,23 +79,40 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[-options.threads :]
     os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    report: dict[str, Any] = {"machine": machine(), "threads": options.threads, "batch": BATCH, "groups": GROUPS}
+    models: dict[str, Any] = {}
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
-            report[name] = measure(name, options.keep / name if options.keep else Path(scratch), options)
-        print_table(name, report[name])
+            models[name] = measure(name, options.keep / name if options.keep else Path(scratch), options)
+        print_table(name, models[name])
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        facts = {"machine": machine(), "threads": options.threads, "batch": BATCH, "groups": GROUPS}
+        add_run(options.json, facts, models)
 
 
-def machine() -> dict[str, str]:
+def add_run(path: Path, facts: dict[str, Any], models: Mapping[str, Any]) -> None:
+    """Add figures to a results file: one run per machine and number of threads, whose newest figures count."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    for run in runs:
+        if run["machine"] == facts["machine"] and run["threads"] == facts["threads"]:
+            run["models"].update(models)
+            break
+    else:
+        runs.append({**facts, "models": dict(models)})
+    path.write_text(json.dumps({"runs": runs}, indent=1, sort_keys=True) + "\n")
+
+
+def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import onnxruntime
     import torch
 
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
+    from quantempo.engines.cpu import cpu_features
+
+    cpu = cpu_features()
+    return {
+        "cpu": cpu.model, "features": list(cpu.features),
+        "onnxruntime": onnxruntime.__version__, "torch": torch.__version__,
+    }
 
 
 def measure(name: str, folder: Path, options: Options) -> dict[str, Any]:
