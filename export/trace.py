@@ -25,6 +25,7 @@ from quantempo.contracts.plan import Site
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import ExportError
 from quantempo.export.families import Family, family_of
+from quantempo.export.families.base import Flat
 from quantempo.export.passes import normal_form, run_passes
 from quantempo.export.sites import find_sites
 from quantempo.export.source import ModelSource
@@ -108,23 +109,22 @@ def trace_module(module: nn.Module, family: Family, work: Path, name: str = "den
         work: folder for `NAME.onnx` and `NAME.onnx.data`.
         name: file name without suffix.
     """
-    args, cut = _prepared(module, family)
-    inputs, outputs = family.inputs(), family.outputs()
-    return export_graph(family.wrap(module), args, inputs, outputs, GraphFile(work, name, cut))
+    args = _prepared(module, family)
+    graph = GraphFile(work, name, family.kept_channels)
+    return export_graph(family.wrap(module), args, family.inputs(), family.outputs(), graph)
 
 
 def trace_model(module: nn.Module, family: Family, name: str = "denoiser") -> ir.Model:
     """The float graph of a denoiser in normal form, in memory; arguments as for `trace_module`."""
-    args, cut = _prepared(module, family)
-    return _normal_model(family.wrap(module), args, family.inputs(), family.outputs(), name, cut)
+    args = _prepared(module, family)
+    return _normal_model(family.wrap(module), args, family.inputs(), family.outputs(), name, family.kept_channels)
 
 
-def _prepared(module: nn.Module, family: Family) -> tuple[tuple[torch.Tensor, ...], int | None]:
-    """Example arguments, and how many output channels stay."""
+def _prepared(module: nn.Module, family: Family) -> tuple[torch.Tensor, ...]:
+    """Example arguments."""
     plain_attention(module)
-    example = family.example(TRACE_BATCH)
-    args = tuple(torch.from_numpy(example[spec.name]) for spec in family.inputs())
-    return args, family.sample_shape[0] if family.output_channels != family.sample_shape[0] else None
+    example = family.sets[0] if family.sets else family.example(TRACE_BATCH)
+    return tuple(torch.from_numpy(np.array(example[spec.name])) for spec in family.inputs())
 
 
 @dataclass(frozen=True)
@@ -191,17 +191,28 @@ def _export(
             program = export(
                 wrapper, args, dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
                 input_names=[spec.name for spec in inputs], output_names=[spec.name for spec in outputs],
-                dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in args),
+                dynamic_shapes=_dynamic_shapes(wrapper, inputs),
             )
     except Exception as error:
         # Whatever the exporter raises means the same to a user: this module cannot be traced.
+        name = type(getattr(wrapper, "denoiser", wrapper)).__name__
         raise ExportError(
-            f"tracing {type(wrapper).__name__}", found=f"{type(error).__name__}: {_first_line(error)}",
+            f"tracing {name}", found=f"{type(error).__name__}: {_first_line(error)}",
             wanted="a graph", cause="torch.onnx does not know an operation of this model",
             remedy="try another torch version; the full error is the one above in the traceback",
         ) from error
     model: ir.Model = program.model
     return model
+
+
+def _dynamic_shapes(wrapper: nn.Module, inputs: Sequence[TensorSpec]) -> Any:
+    """torch.export's description of the axes that carry a name."""
+    each = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in inputs
+    )
+    # The tensors of a flat denoiser are one variadic parameter.
+    return (each,) if isinstance(wrapper, Flat) else each
 
 
 def _finish(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -265,7 +276,7 @@ def verify_denoiser(graph: FloatGraph, module: nn.Module, family: Family, run: R
 def known_outputs(module: nn.Module, family: Family) -> list[tuple[Arrays, Arrays]]:
     """What a denoiser returns for two input sets, so that the module can be let go before an engine loads the graph."""
     reference = torch_reference(module, family)
-    return [(feed, reference(feed)) for feed in (family.example(2, seed=1), family.example(3, seed=2))]
+    return [(feed, reference(feed)) for feed in family.examples()]
 
 
 def verify_known(graph: FloatGraph, known: Sequence[tuple[Arrays, Arrays]], run: Run) -> float:
@@ -283,7 +294,8 @@ def torch_reference(module: nn.Module, family: Family) -> Callable[[Arrays], Arr
             args = [torch.from_numpy(np.array(feeds[spec.name])) for spec in family.inputs()]
             outputs = wrapper(*args)
         (spec,) = family.outputs()
-        return {spec.name: outputs[0][:, : family.sample_shape[0]].numpy()}
+        prediction = outputs[0] if family.kept_channels is None else outputs[0][:, : family.kept_channels]
+        return {spec.name: prediction.numpy()}
 
     return reference
 

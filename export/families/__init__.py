@@ -10,6 +10,7 @@ from torch import nn
 from quantempo.errors import UnsupportedModel, nearest
 from quantempo.export.families import dit, unet2d, unet2d_condition
 from quantempo.export.families.base import Family, FamilyContext
+from quantempo.export.families.example import family_of_example
 
 if TYPE_CHECKING:
     from quantempo.export.source import ModelSource
@@ -20,7 +21,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], FamilyContext], Family]] = {
     unet2d_condition.CLASS_NAME: unet2d_condition.build,
 }
 
-__all__ = ["FAMILIES", "Family", "FamilyContext", "class_of", "family_of", "family_of_module"]
+__all__ = ["FAMILIES", "Family", "FamilyContext", "class_of", "family_of", "family_of_example", "family_of_module"]
 
 
 def class_of(config: Mapping[str, Any]) -> str | None:

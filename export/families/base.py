@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -15,6 +16,9 @@ from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import UnsupportedModel
 
 SAMPLE, TIMESTEP, PREDICTION, BATCH = "sample", "timestep", "prediction", "batch"
+Feeds = Mapping[str, torch.Tensor]
+"""Graph inputs by name."""
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -30,33 +34,55 @@ class FamilyContext:
     tokens: int = 77
 
 
+def first_tensor(output: Any, _feeds: Feeds) -> torch.Tensor:
+    """The first tensor of what a denoiser returns; a list with one tensor per sample is stacked."""
+    found = output if isinstance(output, (tuple, list)) else [output]
+    first = found[0]
+    if isinstance(first, (tuple, list)):
+        return torch.stack(list(first))
+    assert isinstance(first, torch.Tensor)
+    return first
+
+
 @dataclass(frozen=True)
 class Family:
     """How to feed one denoiser.
 
-    Graph inputs are `sample` [batch, C, H, W] float32, `timestep` [batch] float32, then the class inputs [batch] int64,
-    then the array inputs [batch, ...]; the one output is `prediction` [batch, C, H, W].
+    Graph inputs are `sample` [batch, ...] float32, `timestep` [batch] float32, then the class inputs [batch] int64,
+    then the array inputs [batch, ...]; the one output is `prediction`, of the sample's shape.
 
     Args:
         class_name: diffusers class.
-        sample_shape: (C, H, W) of one sample.
-        wrap: puts a denoiser into a module that takes the graph inputs in order and returns `(prediction,)`; the
-            denoiser must be its attribute `denoiser`.
+        sample_shape: shape of one sample: (C, H, W) of an image, (C, F, H, W) of a video, (tokens, C) of a sequence.
+        arguments: graph inputs to the keyword arguments of the denoiser's `forward`, in torch operations.
+        output_channels: channels (axis 1) that the prediction has before those after the sample's C are cut; `None`
+            where nothing is to cut.
         classes, arrays: the conditioning inputs.
-        output_channels: channels that the denoiser itself returns; those after the first C are cut from the graph.
         timesteps: the range that example inputs are drawn from.
+        prediction: what `forward` returned to the prediction, in torch operations.
+        border: inputs and output, where they are not those above; see `family_of_example`.
+        sets: input sets, instead of random ones.
     """
 
     class_name: str
-    sample_shape: tuple[int, int, int]
-    wrap: Callable[[nn.Module], nn.Module]
-    output_channels: int
+    sample_shape: tuple[int, ...]
+    arguments: Callable[[Feeds], Mapping[str, Any]]
+    output_channels: int | None = None
     classes: tuple[ClassInput, ...] = ()
     arrays: tuple[ArrayInput, ...] = ()
     timesteps: tuple[float, float] = (0.0, 999.0)
+    prediction: Callable[[Any, Feeds], torch.Tensor] = first_tensor
+    border: tuple[tuple[TensorSpec, ...], TensorSpec] | None = None
+    sets: tuple[Arrays, ...] = ()
+
+    def wrap(self, denoiser: nn.Module) -> Flat:
+        """The denoiser as a module that takes the graph inputs in order and returns `(prediction,)`."""
+        return Flat(denoiser, self)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The graph inputs in order."""
+        if self.border is not None:
+            return self.border[0]
         return (
             TensorSpec(SAMPLE, "float32", (BATCH, *self.sample_shape)),
             TensorSpec(TIMESTEP, "float32", (BATCH,)),
@@ -66,7 +92,14 @@ class Family:
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The graph output."""
+        if self.border is not None:
+            return (self.border[1],)
         return (TensorSpec(PREDICTION, "float32", (BATCH, *self.sample_shape)),)
+
+    @property
+    def kept_channels(self) -> int | None:
+        """How many channels of the prediction stay; `None` for all."""
+        return self.sample_shape[0] if self.output_channels not in (None, self.sample_shape[0]) else None
 
     def denoiser(self) -> Denoiser:
         """The manifest's description of a float graph."""
@@ -84,6 +117,38 @@ class Family:
         for array in self.arrays:
             feeds[array.name] = rng.standard_normal((batch, *map(int, array.shape))).astype(array.dtype)
         return feeds
+
+    def examples(self) -> tuple[Arrays, ...]:
+        """The input sets on which a graph is compared with the module; they differ in batch size."""
+        return self.sets or (self.example(2, seed=1), self.example(3, seed=2))
+
+
+class Flat(nn.Module):
+    """A denoiser with flat tensors in, in the order of the family's inputs, and `(prediction,)` out."""
+
+    def __init__(self, denoiser: nn.Module, family: Family) -> None:
+        super().__init__()
+        # The name is the one that the passes strip from module paths.
+        self.denoiser = denoiser
+        self.family = family
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        feeds = {spec.name: tensor for spec, tensor in zip(self.family.inputs(), tensors, strict=True)}
+        return (self.family.prediction(self.denoiser(**self.family.arguments(feeds)), feeds),)
+
+
+def renamed(names: Mapping[str, str], **constants: Any) -> Callable[[Feeds], Mapping[str, Any]]:
+    """`arguments` of a denoiser that takes the graph inputs as they are.
+
+    Args:
+        names: `forward`'s argument by graph input.
+        constants: further arguments; `return_dict=False` is among them.
+    """
+
+    def arguments(feeds: Feeds) -> Mapping[str, Any]:
+        return {names[name]: tensor for name, tensor in feeds.items()} | constants | {"return_dict": False}
+
+    return arguments
 
 
 def refuse(class_name: str, key: str, value: object, wanted: str) -> UnsupportedModel:
@@ -114,3 +179,8 @@ def kept_channels(class_name: str, config: Mapping[str, Any]) -> tuple[int, int]
     if given not in (taken, 2 * taken):
         raise refuse(class_name, "out_channels", given, f"{taken}, or {2 * taken} with a predicted variance")
     return taken, given
+
+
+def sequence_of(value: object) -> Sequence[Any]:
+    """A configuration value that is one item or several, as several."""
+    return value if isinstance(value, (list, tuple)) else (value,)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from quantempo.contracts.manifest import ArrayInput, ClassInput
-from quantempo.export.families.base import Family, FamilyContext, kept_channels, refuse, square_size
+from quantempo.export.families.base import Family, FamilyContext, kept_channels, refuse, renamed, square_size
 
 CLASS_NAME = "UNet2DConditionModel"
 # Every one of these keys, when set, adds an input or changes what an input means.
@@ -29,33 +26,7 @@ BLOCKS = {
 }
 
 
-class FlatConditionUNet(nn.Module):
-    """Positional tensors in, a tuple out."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor]:
-        return (self.denoiser(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
-
-
-class FlatClassConditionUNet(FlatConditionUNet):
-    """The same with a class label, which comes before the embeddings."""
-
-    def forward(  # type: ignore[override]
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-    ) -> tuple[torch.Tensor]:
-        output = self.denoiser(
-            sample, timestep, encoder_hidden_states, class_labels=class_labels, return_dict=False
-        )
-        return (output[0],)
+ARGUMENTS = renamed({name: name for name in ("sample", "timestep", "class_labels", "encoder_hidden_states")})
 
 
 def build(config: Mapping[str, Any], context: FamilyContext) -> Family:
@@ -80,8 +51,8 @@ def build(config: Mapping[str, Any], context: FamilyContext) -> Family:
     prompt = ArrayInput("encoder_hidden_states", "float32", (context.tokens, int(width)))
     rows = config.get("num_class_embeds")
     if rows is None:
-        return Family(CLASS_NAME, (channels, height, breadth), FlatConditionUNet, given, arrays=(prompt,))
+        return Family(CLASS_NAME, (channels, height, breadth), ARGUMENTS, given, arrays=(prompt,))
     labels = ClassInput("class_labels", count=int(rows), null=None, names=context.labels)
     return Family(
-        CLASS_NAME, (channels, height, breadth), FlatClassConditionUNet, given, classes=(labels,), arrays=(prompt,)
+        CLASS_NAME, (channels, height, breadth), ARGUMENTS, given, classes=(labels,), arrays=(prompt,)
     )
