@@ -20,7 +20,7 @@ from quantempo.pipeline import compile_model
 from quantempo.recipe import Recipe
 from quantempo.runtime.images import grid, save
 from quantempo.runtime.session import Session
-from quantempo.stages.model import trace_scheduler
+from quantempo.stages.programs import trace_scheduler
 
 SMALL = Recipe(samples=8, batch=4, steps=(4,), guidance=(1.5,), max_steps=6, threads=1)
 SHAPE = (4, 8, 8)
