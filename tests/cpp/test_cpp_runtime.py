@@ -133,6 +133,19 @@ def compare(sampler: Sampler, bundle: Path, folder: Path, scheduler: str, steps:
     assert out.read_bytes() == (folder / "python.png").read_bytes()
 
 
+def test_a_library_that_refuses_to_share_packed_weights_still_opens_every_graph(
+    built: Path, ort_library: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some kernels on some processors cannot; the graph then packs for itself."""
+    monkeypatch.setenv("REAL_ORT_LIBRARY", str(ort_library))
+    refusing = Sampler(built, built / "librefusing_engine.so")
+    done = refusing.run(parts, "--class", 3, "--steps", 6)
+    refused = {line for line in done.stderr.splitlines() if line.startswith("refused to share: ")}
+    assert refused >= {f"refused to share: {name}.float-f32.onnx" for name in ("full", "reuse.1")}
+    found = refusing.latents(parts, SHAPE, tmp_path, "--class", 3, "--steps", 6)
+    assert same(found, load(parts)(3, seed=0, num_inference_steps=6, output_type="latent").latents)
+
+
 def test_notices_of_a_run_are_told(sampler: Sampler, parts: Path) -> None:
     done = sampler.run(parts, "--class", 1, "--steps", 5)
     assert "CacheUnused: the bundle has no cache plan for 5 steps of EchoScheduler" in done.stderr

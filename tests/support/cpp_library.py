@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -34,6 +35,9 @@ def configure_and_build(folder: Path, *options: str) -> Path:
     if not TOOLS:
         pytest.skip("needs cmake and a C++ compiler")
     fresh = not (folder / "CMakeCache.txt").exists()
+    json_headers = importlib.util.find_spec("nlohmann_json")
+    if json_headers is not None and json_headers.origin is not None:
+        options = (*options, f"-DNLOHMANN_JSON_INCLUDE={Path(json_headers.origin).parent / 'include'}")
     generator = ("-G", "Ninja") if shutil.which("ninja") and fresh else ()
     call("cmake", "-S", SOURCE, "-B", folder, *generator, *options)
     call("cmake", "--build", folder, "-j", "2")

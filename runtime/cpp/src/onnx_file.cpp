@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <string_view>
@@ -122,6 +123,67 @@ ExternalTensor read_tensor(Span at) {
   return tensor;
 }
 
+// Which nodes read a tensor, by its name: the node's operator, and the outputs of those that only change the form.
+struct Use {
+  std::string op;
+  std::vector<std::string> outputs;
+};
+using Uses = std::map<std::string, std::vector<Use>>;
+
+// Uses in a subgraph count as uses by the node that holds it.
+void read_inner_uses(std::vector<Span> pending, const std::string& op, Uses& uses) {
+  while (!pending.empty()) {
+    const Span graph = pending.back();
+    pending.pop_back();
+    for (const Span node : children(graph, 1)) {
+      for (const Span input : children(node, 1)) uses[input.text()].push_back({op, {}});
+      for (const Span attribute : children(node, 5)) {
+        for (const std::uint64_t kind : {6u, 11u}) {
+          for (const Span inner : children(attribute, kind)) pending.push_back(inner);
+        }
+      }
+    }
+  }
+}
+
+Uses read_uses(Span graph) {
+  static const std::set<std::string> forms = {"Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"};
+  Uses uses;
+  for (const Span node : children(graph, 1)) {
+    const auto types = children(node, 4);
+    Use use{types.empty() ? "" : types.back().text(), {}};
+    if (forms.count(use.op) != 0) {
+      for (const Span output : children(node, 2)) use.outputs.push_back(output.text());
+    }
+    for (const Span input : children(node, 1)) uses[input.text()].push_back(use);
+    std::vector<Span> inner;
+    for (const Span attribute : children(node, 5)) {
+      for (const std::uint64_t kind : {6u, 11u}) {
+        for (const Span graph_inside : children(attribute, kind)) inner.push_back(graph_inside);
+      }
+    }
+    read_inner_uses(std::move(inner), use.op, uses);
+  }
+  return uses;
+}
+
+std::set<std::string> consumers_of(const Uses& uses, const std::string& tensor) {
+  std::set<std::string> found, seen = {tensor};
+  std::vector<std::string> pending = {tensor};
+  while (!pending.empty()) {
+    const auto used = uses.find(pending.back());
+    pending.pop_back();
+    if (used == uses.end()) continue;
+    for (const Use& use : used->second) {
+      if (use.outputs.empty()) found.insert(use.op);
+      for (const auto& output : use.outputs) {
+        if (seen.insert(output).second) pending.push_back(output);
+      }
+    }
+  }
+  return found;
+}
+
 // The weight files of a graph and all its subgraphs.
 void collect(std::vector<Span> pending, std::set<std::string>& names) {
   while (!pending.empty()) {
@@ -205,9 +267,12 @@ std::vector<std::string> external_locations(const unsigned char* bytes, std::siz
 std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::size_t size) {
   std::vector<ExternalTensor> found;
   for (const Span graph : main_graphs(bytes, size)) {
+    const Uses uses = read_uses(graph);
     for (const Span tensor : children(graph, 5)) {
       ExternalTensor read = read_tensor(tensor);
-      if (!read.location.empty()) found.push_back(std::move(read));
+      if (read.location.empty()) continue;
+      read.consumers = consumers_of(uses, read.name);
+      found.push_back(std::move(read));
     }
   }
   return found;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,8 @@ struct ExternalTensor {
   std::string name, dtype, location;
   Shape shape;
   std::size_t offset = 0;
+  // The operators that compute with it: what it is dequantized, cast or reshaped into counts as itself.
+  std::set<std::string> consumers;
 };
 
 // Refuses a graph whose weight files lie outside its folder, are missing, or are reached through a link.

@@ -125,6 +125,7 @@ class OrtEngine : public Engine {
  private:
   void set_options(OptionsHeld& made, const std::string& path, const EngineOptions& options, const std::string& dialect);
   void share_weights(OptionsHeld& made, const std::string& path);
+  void create(const OptionsHeld& made, const std::string& path);
   std::vector<TensorSpec> specs(bool input) const;
 
   std::shared_ptr<Shared> shared_;
@@ -141,9 +142,7 @@ OrtEngine::OrtEngine(std::shared_ptr<Shared> shared, const std::string& path, co
   api().call<CreateSessionOptions>(name, "options", made.out());
   set_options(made, path, options, dialect);
   share_weights(made, path);
-  api().call<CreateSessionWithPrepackedWeightsContainer>(
-      name, "a graph that ONNX Runtime opens", static_cast<const Env*>(shared_->env.get()), path.c_str(),
-      static_cast<const SessionOptions*>(made.get()), shared_->prepacked.get(), session_.out());
+  create(made, path);
   inputs = specs(true);
   outputs = specs(false);
 }
@@ -191,13 +190,35 @@ void OrtEngine::set_options(OptionsHeld& made, const std::string& path, const En
   api().call<SetSessionLogSeverityLevel>(name, "a session option", made.get(), kErrorsOnly);
 }
 
-// Weights are handed over as one mapping of each file: variants of a model then share them, and what ONNX Runtime
-// packs them into.
+// A graph shares what is packed of its weights, or, where a kernel refuses that, packs for itself: which kernels do
+// depends on the processor and the version, so no list of them is complete.
+void OrtEngine::create(const OptionsHeld& made, const std::string& path) {
+  const auto* env = static_cast<const Env*>(shared_->env.get());
+  const auto* options = static_cast<const SessionOptions*>(made.get());
+  if (Status* refused = api().raw<CreateSessionWithPrepackedWeightsContainer>(
+          env, path.c_str(), options, shared_->prepacked.get(), session_.out())) {
+    api().raw<ReleaseStatus>(refused);
+    api().call<CreateSession>(name, "a graph that ONNX Runtime opens", env, path.c_str(), options, session_.out());
+  }
+}
+
+// Products whose kernels keep what they pack in memory that sessions can share.  Convolutions are none: on processors
+// with VNNI, QLinearConv packs for a kernel of its own and cannot share that, and a session that is asked to refuses
+// to open.  Float convolutions have their weights reordered by the optimizer, per session in any case.
+bool packs_to_share(const ExternalTensor& tensor) {
+  static const std::set<std::string> products = {"FusedMatMul", "Gemm", "MatMul", "MatMulInteger",
+                                                 "MatMulIntegerToFloat", "QLinearMatMul"};
+  return !tensor.consumers.empty() && std::all_of(tensor.consumers.begin(), tensor.consumers.end(),
+                                                  [](const std::string& op) { return products.count(op) != 0; });
+}
+
+// Weights of products are handed over as one mapping of each file: variants of a model then share them, and what ONNX
+// Runtime packs them into.  The library maps the others itself.
 void OrtEngine::share_weights(OptionsHeld& made, const std::string& path) {
   const std::string folder = path.substr(0, path.rfind('/') + 1);
   for (const auto& tensor : external_tensors(path)) {
     const std::size_t size = element_size(tensor.dtype);
-    if (size == 0 || tensor.offset % size != 0 || type_number(tensor.dtype) == 0) continue;
+    if (size == 0 || tensor.offset % size != 0 || type_number(tensor.dtype) == 0 || !packs_to_share(tensor)) continue;
     auto& file = shared_->weights[folder + tensor.location];
     if (!file) {
       try {
