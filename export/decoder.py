@@ -19,7 +19,6 @@ from quantempo.export.trace import (
     TRACE_BATCH,
     Arrays,
     FloatGraph,
-    GraphFile,
     Run,
     export_graph,
     load_component,
@@ -95,7 +94,8 @@ def trace_decoder_module(vae: nn.Module, sample_shape: tuple[int, ...], work: Pa
         (example,),
         (TensorSpec(LATENTS, "float32", (BATCH, *sample_shape)),),
         (TensorSpec(IMAGE, "float32", (BATCH, *map(int, image.shape[1:]))),),
-        GraphFile(work, GRAPH),
+        work,
+        GRAPH,
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import diffusers
 import numpy as np
 import onnx_ir as ir
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models import attention_processor
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 from torch import nn
@@ -24,14 +23,14 @@ from torch import nn
 from quantempo.contracts.plan import Site
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import ExportError
+from quantempo.export.capture import capture, first_line, quiet
 from quantempo.export.families import Family, family_of
-from quantempo.export.families.base import Flat
 from quantempo.export.passes import normal_form, run_passes
 from quantempo.export.sites import find_sites
 from quantempo.export.source import ModelSource
+from quantempo.export.specialise import specialised
 
-OPSET = 21
-"""The first with native GroupNormalization and the last before attention becomes one operator."""
+logger = logging.getLogger(__name__)
 TRACE_BATCH = 2
 """Sizes 0 and 1 would be taken for constants."""
 TOLERANCE = 1e-4
@@ -50,6 +49,7 @@ class FloatGraph:
         inputs, outputs: its contract.
         sites: what can be quantized.
         digest: SHA-256 over both files.
+        pinned: contents of inputs for which alone the graph is right; it does not take them.
     """
 
     path: Path
@@ -58,6 +58,7 @@ class FloatGraph:
     outputs: tuple[TensorSpec, ...]
     sites: tuple[Site, ...]
     digest: str
+    pinned: Arrays = field(default_factory=dict)
 
 
 def load_denoiser(source: ModelSource) -> nn.Module:
@@ -72,14 +73,14 @@ def load_component(class_name: str, folder: Path, variant: str | None = None) ->
         ExportError: diffusers cannot load it.
     """
     try:
-        with _quiet():
+        with quiet():
             module, loading = getattr(diffusers, class_name).from_pretrained(
                 str(folder), torch_dtype=torch.float32, variant=variant, local_files_only=True, use_safetensors=True,
                 low_cpu_mem_usage=False, output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ExportError(
-            str(folder), found=f"weights that diffusers cannot load ({_first_line(error)})", wanted=f"a {class_name}",
+            str(folder), found=f"weights that diffusers cannot load ({first_line(error)})", wanted=f"a {class_name}",
             cause="configuration and weights do not belong together, or a file is damaged",
             remedy="load it in diffusers by itself, and copy the model directory again",
         ) from error
@@ -104,36 +105,110 @@ def trace_module(module: nn.Module, family: Family, work: Path, name: str = "den
     """The float graph of a denoiser in memory.
 
     Args:
-        module: the bare denoiser; its attention processors are set to the plain ones, it goes to evaluation mode.
+        module: the bare denoiser, in evaluation mode; its attention processors are set to the plain ones.
         family: how to feed it.
         work: folder for `NAME.onnx` and `NAME.onnx.data`.
         name: file name without suffix.
+
+    Raises:
+        ExportError: it cannot be traced; names the module's class, and attention processors where they are to blame.
     """
-    args = _prepared(module, family)
-    graph = GraphFile(work, name, family.kept_channels)
-    return export_graph(family.wrap(module), args, family.inputs(), family.outputs(), graph)
+    _refuse_overflow(module)
+    traced, model = _traced(module, family, name)
+    graph = _written(model, traced.inputs(), traced.outputs(), work, name)
+    return dataclasses.replace(graph, pinned=traced.pinned)
 
 
 def trace_model(module: nn.Module, family: Family, name: str = "denoiser") -> ir.Model:
     """The float graph of a denoiser in normal form, in memory; arguments as for `trace_module`."""
-    args = _prepared(module, family)
-    return _normal_model(family.wrap(module), args, family.inputs(), family.outputs(), name, family.kept_channels)
+    return _traced(module, family, name)[1]
 
 
-def _prepared(module: nn.Module, family: Family) -> tuple[torch.Tensor, ...]:
-    """Example arguments."""
+def _traced(module: nn.Module, family: Family, name: str) -> tuple[Family, ir.Model]:
+    """The graph, and the family with what had to be pinned for it."""
+    _refuse_training(module)
     plain_attention(module)
     example = family.sets[0] if family.sets else family.example(TRACE_BATCH)
-    return tuple(torch.from_numpy(np.array(example[spec.name])) for spec in family.inputs())
+
+    def attempt(family: Family) -> ir.Model:
+        args = tuple(torch.from_numpy(np.array(example[spec.name])) for spec in family.inputs())
+        with tracing_context():
+            model = capture(family.wrap(module).eval(), args, family.inputs(), family.outputs())
+        return _normal_model(model, family.inputs(), family.outputs(), name, family.kept_channels)
+
+    try:
+        model = attempt(family)
+    except ExportError as error:
+        # Python that looks at contents cannot be traced; running the model tells whether that is the reason.
+        special = specialised(module, family, (example, family.examples()[1]))
+        if special is None:
+            raise
+        logger.info("%s: traced for the example's contents, since %s", family.class_name, error.found)
+        family, model = special, attempt(special)
+    _check_influence(module, family, model)
+    return family, model
 
 
-@dataclass(frozen=True)
-class GraphFile:
-    """Where a graph is written, and how many output channels it keeps."""
+def _refuse_training(module: nn.Module) -> None:
+    if module.training:
+        raise ExportError(
+            f"denoiser {type(module).__name__}", found="a model in training mode", wanted="evaluation mode",
+            cause="dropout and the like are random in training mode, and a graph is not",
+            remedy="call model.eval() first",
+        )
 
-    work: Path
-    name: str
-    channels: int | None = None
+
+def _refuse_overflow(module: nn.Module) -> None:
+    """Refuse weights that are not numbers."""
+    where = f"denoiser {type(module).__name__}"
+    for name, weight in (*module.named_parameters(), *module.named_buffers()):
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ExportError(
+                f"{where}, weight {name!r}", found="infinity or NaN", wanted="finite numbers",
+                cause="half-precision weights overflowed when the checkpoint was converted (float16 ends at 65504)",
+                remedy="take the float32 or bfloat16 weights of the model",
+            )
+
+
+def _check_influence(module: nn.Module, family: Family, model: ir.Model) -> None:
+    """Refuse a graph that does not read one of its inputs.
+
+    Raises:
+        ExportError: says whether the module reads it, which makes the graph wrong, or not, which makes the input idle.
+    """
+    idle = [value.name for value in model.graph.inputs if not value.uses() and not value.is_graph_output()]
+    if not idle:
+        return
+    wrapper, example = family.wrap(module).eval(), dict(family.examples()[0])
+    names = [spec.name for spec in family.inputs()]
+    for name in idle:
+        found = []
+        for array in (example[str(name)], _other(example[str(name)])):
+            feeds = {**example, str(name): array}
+            with torch.no_grad():
+                found.append(wrapper(*(torch.from_numpy(np.array(feeds[each])) for each in names))[0].numpy())
+        if relative_error(found[1], found[0]) != 0.0:
+            raise ExportError(
+                f"graph of {family.class_name}, input {name!r}",
+                found="an input that the module reads and the graph does not", wanted="what the module computes",
+                cause="the exporter lost a part of the computation", remedy="report it with config.json",
+            )
+    raise ExportError(
+        f"graph of {family.class_name}",
+        found=f"inputs that neither module nor graph reads: {', '.join(map(str, idle))}",
+        wanted="inputs that the prediction depends on",
+        cause="the model's configuration does not use them, or a constant stands in their place",
+        remedy="leave them out",
+    )
+
+
+def _other(array: NDArray[Any]) -> NDArray[Any]:
+    """Other legal contents: flags turned, whole numbers in another order, floating-point numbers moved."""
+    if array.dtype == np.bool_:
+        return ~array
+    if array.dtype.kind in "iu":
+        return np.asarray(np.where(array > 0, array - 1, array + 1), array.dtype)
+    return np.asarray(array * 1.5 + 0.25, array.dtype)
 
 
 def export_graph(
@@ -141,16 +216,23 @@ def export_graph(
     args: tuple[torch.Tensor, ...],
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    target: GraphFile,
+    work: Path,
+    name: str,
 ) -> FloatGraph:
     """Export a module with flat inputs, bring the graph into normal form and write it.
 
     Raises:
         ExportError: the exporter or a pass failed.
     """
-    model = _normal_model(wrapper, args, inputs, outputs, target.name, target.channels)
-    target.work.mkdir(parents=True, exist_ok=True)
-    path = target.work / f"{target.name}.onnx"
+    model = _normal_model(capture(wrapper.eval(), args, inputs, outputs), inputs, outputs, name, None)
+    return _written(model, inputs, outputs, work, name)
+
+
+def _written(
+    model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], work: Path, name: str
+) -> FloatGraph:
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / f"{name}.onnx"
     data = path.with_name(path.name + ".data")
     data.unlink(missing_ok=True)
     ir.save(model, path, external_data=data.name)
@@ -163,56 +245,53 @@ def export_graph(
 
 
 def _normal_model(
-    wrapper: nn.Module, args: tuple[torch.Tensor, ...], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec],
-    name: str, channels: int | None,
+    model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], name: str, channels: int | None
 ) -> ir.Model:
-    model = _export(wrapper.eval(), args, inputs, outputs)
     model.graph.name = name
     run_passes(model, normal_form(channels))
     _finish(model, inputs, outputs)
     return model
 
 
+PLAIN_PROCESSORS = {
+    **dict.fromkeys(
+        ("AttnProcessor", "XFormersAttnProcessor", "SlicedAttnProcessor", "FusedAttnProcessor2_0", "AttnProcessorNPU",
+         "XLAFlashAttnProcessor2_0"), "AttnProcessor2_0",
+    ),
+    **dict.fromkeys(
+        ("AttnAddedKVProcessor", "XFormersAttnAddedKVProcessor", "SlicedAttnAddedKVProcessor"),
+        "AttnAddedKVProcessor2_0",
+    ),
+}  # fmt: skip
+"""Attention processors of diffusers that compute the same as a plainer one, which is traced."""
+
+
 def plain_attention(module: nn.Module) -> None:
-    """Scaled-dot-product attention with separate projections: no fused QKV, no vendor kernels."""
+    """Scaled-dot-product attention with separate projections: no fused QKV, no vendor kernels.
+
+    Processors that compute something of their own stay.
+    """
     model: Any = module
     if hasattr(module, "unfuse_qkv_projections") and getattr(module, "original_attn_processors", None) is not None:
         model.unfuse_qkv_projections()
-    if hasattr(module, "set_attn_processor"):
-        model.set_attn_processor(AttnProcessor2_0())
+    for layer in module.modules():
+        attention: Any = layer
+        plain = PLAIN_PROCESSORS.get(type(getattr(layer, "processor", None)).__name__)
+        if plain is not None and hasattr(layer, "set_processor"):
+            attention.set_processor(getattr(attention_processor, plain)())
 
 
-def _export(
-    wrapper: nn.Module, args: tuple[torch.Tensor, ...], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
-) -> ir.Model:
-    try:
-        with _quiet(), torch.no_grad():
-            export: Any = torch.onnx.export
-            program = export(
-                wrapper, args, dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
-                input_names=[spec.name for spec in inputs], output_names=[spec.name for spec in outputs],
-                dynamic_shapes=_dynamic_shapes(wrapper, inputs),
-            )
-    except Exception as error:
-        # Whatever the exporter raises means the same to a user: this module cannot be traced.
-        name = type(getattr(wrapper, "denoiser", wrapper)).__name__
-        raise ExportError(
-            f"tracing {name}", found=f"{type(error).__name__}: {_first_line(error)}",
-            wanted="a graph", cause="torch.onnx does not know an operation of this model",
-            remedy="try another torch version; the full error is the one above in the traceback",
-        ) from error
-    model: ir.Model = program.model
-    return model
-
-
-def _dynamic_shapes(wrapper: nn.Module, inputs: Sequence[TensorSpec]) -> Any:
-    """torch.export's description of the axes that carry a name."""
-    each = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in inputs
-    )
-    # The tensors of a flat denoiser are one variadic parameter.
-    return (each,) if isinstance(wrapper, Flat) else each
+@contextlib.contextmanager
+def tracing_context() -> Iterator[None]:
+    """Attention in diffusers by torch's own operator, whatever the environment asks for."""
+    with contextlib.ExitStack() as stack:
+        try:
+            from diffusers.models.attention_dispatch import attention_backend
+        except ImportError:  # before diffusers 0.35
+            pass
+        else:
+            stack.enter_context(attention_backend("native"))
+        yield
 
 
 def _finish(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -223,11 +302,11 @@ def _finish(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[Ten
         if names != [spec.name for spec in specs]:
             raise ExportError(
                 f"graph {graph.name!r}", found=f"values {names}", wanted=str([spec.name for spec in specs]),
-                cause="the exporter dropped an input that the model does not use", remedy="report it with config.json",
+                cause="the exporter dropped an input or output", remedy="report it with config.json",
             )
         for value, spec in zip(values, specs, strict=True):
             value.shape = ir.Shape(spec.shape)
-    with _quiet():
+    with quiet():
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     for value, spec in zip(graph.outputs, outputs, strict=True):
         value.shape = ir.Shape(spec.shape)
@@ -254,7 +333,8 @@ def verify(
     """
     worst = 0.0
     for index, feed in enumerate(feeds):
-        wanted, found = reference(feed), run(graph.path, feed)
+        taken = {spec.name: feed[spec.name] for spec in graph.inputs}
+        wanted, found = reference(feed), run(graph.path, taken)
         for spec in graph.outputs:
             error = relative_error(found[spec.name], wanted[spec.name])
             if not error <= tolerance:
@@ -306,24 +386,3 @@ def relative_error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
         return float("inf")
     difference = np.linalg.norm(np.subtract(found, wanted, dtype=np.float64))
     return float(difference / max(float(np.linalg.norm(wanted.astype(np.float64))), 1e-30))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes of the exporter on the user's terminal; errors still are raised."""
-    names = ("torch.onnx", "torch.export", "diffusers", "onnx_ir", "onnxscript")
-    levels = {name: logging.getLogger(name).level for name in names}
-    with Path(os.devnull).open("w") as sink, warnings.catch_warnings(), contextlib.redirect_stdout(sink):
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)

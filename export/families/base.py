@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,8 @@ class Family:
         prediction: what `forward` returned to the prediction, in torch operations.
         border: inputs and output, where they are not those above; see `family_of_example`.
         sets: input sets, instead of random ones.
+        pinned: contents of inputs that are part of the graph instead; see `quantempo.export.specialise`.
+        tracing: entered while the module runs in a trace.
     """
 
     class_name: str
@@ -74,6 +77,8 @@ class Family:
     prediction: Callable[[Any, Feeds], torch.Tensor] = first_tensor
     border: tuple[tuple[TensorSpec, ...], TensorSpec] | None = None
     sets: tuple[Arrays, ...] = ()
+    pinned: Arrays = field(default_factory=dict)
+    tracing: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def wrap(self, denoiser: nn.Module) -> Flat:
         """The denoiser as a module that takes the graph inputs in order and returns `(prediction,)`."""
@@ -81,6 +86,10 @@ class Family:
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The graph inputs in order."""
+        return tuple(spec for spec in self.all_inputs() if spec.name not in self.pinned)
+
+    def all_inputs(self) -> tuple[TensorSpec, ...]:
+        """The same with those that are pinned."""
         if self.border is not None:
             return self.border[0]
         return (
@@ -134,7 +143,8 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
         feeds = {spec.name: tensor for spec, tensor in zip(self.family.inputs(), tensors, strict=True)}
-        return (self.family.prediction(self.denoiser(**self.family.arguments(feeds)), feeds),)
+        with self.family.tracing():
+            return (self.family.prediction(self.denoiser(**self.family.arguments(feeds)), feeds),)
 
 
 def renamed(names: Mapping[str, str], **constants: Any) -> Callable[[Feeds], Mapping[str, Any]]:
