@@ -96,7 +96,9 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No notes of the exporter on the user's terminal; errors still are raised."""
-    names = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "diffusers", "onnx_ir", "onnxscript")
+    names = (
+        "torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "diffusers", "onnx_ir", "onnxscript"
+    )  # fmt: skip
     levels = {name: logging.getLogger(name).level for name in names}
     with (
         Path(os.devnull).open("w") as sink, warnings.catch_warnings(), contextlib.redirect_stdout(sink),
