@@ -1,4 +1,6 @@
-"""Compare the range methods on synthetic activations: `python benchmarks/range_methods.py`.
+"""Compare the range methods on synthetic activations.
+
+    python benchmarks/range_methods.py
 
 Prints the signal-to-quantization-noise ratio in dB, measured on the values themselves (not on the histogram), for each
 method, bit width and form.  `drift` is Gaussian with a scale that falls from 6 to 0.3 over 16 timesteps: its figure is
@@ -7,6 +9,7 @@ the mean over timesteps in dB, once with one scale for all and once with a scale
 
 from __future__ import annotations
 
+import argparse
 import math
 from functools import reduce
 
@@ -58,6 +61,7 @@ def score(parts: list[Array], method: str, bits: int, symmetric: bool, *, groupe
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     data = activations()
     print("| values | bits | form | " + " | ".join(METHODS) + " |")
     print("| --- " * (3 + len(METHODS)) + "|")

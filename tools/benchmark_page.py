@@ -56,6 +56,25 @@ def quality(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fp8(results: dict[str, Any]) -> str:
+    """Fidelity in FP8, simulated."""
+    lines = ["## FP8, simulated", "", "```bash", *(facts["command"] for facts in results.values()), "```", ""]
+    lines += [
+        "Values are rounded to E4M3 as a device rounds them, products are computed in float32: fidelity, and nothing "
+        "about speed.", "",
+        "| model | attention | guidance | held-out seeds | PSNR to float, dB | worst image, dB | SSIM |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, facts in results.items():
+        for attention in ("quantized", "float"):
+            for guidance, found in facts[f"attention_{attention}"].items():
+                lines.append(
+                    f"| demo {'DiT' if model == 'dit' else 'UNet'} | {attention} | {guidance} | {facts['seeds']} | "
+                    f"{found['psnr_db']:.2f} | {found['worst_db']:.2f} | {found['ssim']:.5f} |"
+                )
+    return "\n".join([*lines, ""])
+
+
 def speed(results: dict[str, Any]) -> str:
     """Times of the full-size shapes with random weights, a table a number of threads."""
     lines = ["## Speed on ONNX Runtime", ""]
@@ -205,6 +224,75 @@ def beside_nncf(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def beside_peers(results: dict[str, Any]) -> str:
+    """Fidelity, time and bytes of other tools' models and ours."""
+    machine = dict(results["machine"])
+    libraries = {**machine.pop("versions"), **{k: v for k, v in machine.items() if k not in ("cpu", "features")}}
+    lines = [
+        "## Beside other tools", "", "```bash", *dict.fromkeys(results["commands"].values()), "```", "",
+        f"{kind_of(machine)}; {', '.join(f'{name} {version}' for name, version in sorted(libraries.items()))}.",
+        "Each tool is asked as its own documentation says; the settings stand below the tables.  Every tool's model",
+        "runs in our loop, on the engine it is for; ModelOpt's are for TensorRT, and run on ONNX Runtime here.",
+        "*Our float layers* means that a tool was also told to leave in float what our plan leaves there.",
+    ]
+    for model, found in results.get("fidelity", {}).items():
+        lines += fidelity_beside_peers(f"Demo {'DiT' if model == 'dit' else 'UNet'}", found)
+    for model, name in MODELS:
+        if "ms_per_call" in results.get("time", {}).get(model, {}):
+            lines += time_beside_peers(name, results["time"][model])
+    lines += ["", "How each was asked:", ""]
+    lines += [f"- {label}: `{asked}`" for label, asked in sorted(results["settings"].items())]
+    failures = [
+        (f"{model}, {label}", message)
+        for part in results.get("failures", {}).values() for model, labels in sorted(part.items())
+        for label, message in sorted(labels.items())
+    ]
+    if failures:
+        lines += ["", "What failed, in the tool's own words:", ""]
+        lines += [f"- {where}: `{message}`" for where, message in failures]
+    return "\n".join([*lines, ""])
+
+
+def fidelity_beside_peers(title: str, found: dict[str, Any]) -> list[str]:
+    """A table of one demo model, best first."""
+    cases, setting = found["cases"], found["setting"]
+    first = next(iter(cases.values()))
+    lines = [
+        "", f"### {title}, fidelity", "",
+        f"Same-seed PSNR to ONNX Runtime float32 in dB, {setting['samples']} held-out seeds; tools that calibrate got "
+        f"{setting['rows']} rows of {setting['trajectories']} of our calibration runs; {setting['kept']} products stay "
+        "in float in our plan.", "",
+        f"| model | {' | '.join(cases)} | worst image, dB | denoiser on disk, MB |",
+        "| --- |" + " --- |" * (len(cases) + 2),
+    ]
+    for label in sorted(first, key=lambda name: -first[name]["psnr_db"]):
+        figures = [f"{row[label]['psnr_db']:.2f}" if label in row else "–" for row in cases.values()]
+        worst = min(row[label]["worst_db"] for row in cases.values() if label in row)
+        size = found["bytes"].get(label)
+        lines.append(f"| {label} | {' | '.join(figures)} | {worst:.2f} | {megabytes(size)} |")
+    return lines
+
+
+def time_beside_peers(title: str, found: dict[str, Any]) -> list[str]:
+    """A table of one full-size shape, fastest first."""
+    lines = [
+        "", f"### {title}, time", "",
+        "One pinned thread, batch 2, random weights; the third column is the ratio to quantempo on the same engine "
+        "with the same type of the unquantized rest (eager: to quantempo on ONNX Runtime).", "",
+        "| model | ms per call | over quantempo | denoiser on disk, MB |", "| --- | --- | --- | --- |",
+    ]
+    for label, ms in sorted(found["ms_per_call"].items(), key=lambda item: item[1]):
+        over = found["quantempo_is_faster_by"].get(label)
+        size = found["bytes"].get(label.removesuffix(" rest").rpartition(", ")[0] if "rest" in label else label)
+        lines.append(f"| {label} | {ms:.1f} | {ratio_of(over) if over else '–'} | {megabytes(size)} |")
+    return lines
+
+
+def megabytes(size: int | None) -> str:
+    """A size for a table; a dash where it was not measured."""
+    return "–" if size is None else f"{size / 1e6:.1f}"
+
+
 def rest_of(variant: str) -> str:
     """The type in a variant's name, `int8, bf16 rest`."""
     return variant.rpartition(", ")[2].removesuffix(" rest")
@@ -252,8 +340,9 @@ def main() -> None:
     fill_readme()
     parts = [HEAD]
     for name, render in (
-        ("quality.json", quality), ("speed.json", speed), ("loop_overhead.json", overhead),
+        ("quality.json", quality), ("fp8.json", fp8), ("speed.json", speed), ("loop_overhead.json", overhead),
         ("openvino_speed.json", on_openvino), ("nncf.json", beside_nncf),
+        ("peers.json", beside_peers),
         ("tensorrt.json", engines),
     ):
         results = load(name)

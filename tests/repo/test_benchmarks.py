@@ -1,0 +1,82 @@
+"""The scripts under benchmarks/ start, pages name their commands, and the benchmark page is what its JSON files say."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+PAGES = "\n".join(page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+SHOWN = (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+@pytest.fixture
+def as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The path that a script sees; what it imports from its folder is forgotten afterwards."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield monkeypatch
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_says_what_it_does(
+    script: Path, as_a_script: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--help` needs none of the tools that a benchmark compares with, and shows the script's own text."""
+    as_a_script.setattr(sys, "argv", [str(script), "--help"])
+    for tool in ("nncf", "optimum", "modelopt"):
+        as_a_script.setitem(sys.modules, tool, None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    text = ast.get_docstring(ast.parse(script.read_text())) or ""
+    assert " ".join(text.split())[:60] in said
+    assert said.startswith("usage:")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_page_names_the_command_of_every_script(script: Path) -> None:
+    helpers = {"peer_optimum"}  # which peers.py runs
+    assert script.stem in helpers or f"python benchmarks/{script.name}" in PAGES
+
+
+def test_every_section_of_the_benchmark_page_shows_its_command() -> None:
+    sections = re.split(r"^## ", SHOWN, flags=re.MULTILINE)[1:]
+    assert len(sections) > 5
+    for section in sections:
+        title = section.splitlines()[0]
+        figures = [line for line in section.splitlines() if line.startswith("|")]
+        commands = re.findall(r"^python benchmarks/(\w+\.py) .*--json docs/(\w+\.json)", section, re.MULTILINE)
+        assert figures, f"{title!r} shows no figure"
+        assert commands, f"{title!r} shows no command"
+        for script, written in commands:
+            assert (FOLDER / script).is_file()
+            json.loads((ROOT / "docs" / written).read_text())
+
+
+def test_the_benchmark_page_and_the_readme_are_what_the_json_files_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for path in (ROOT / "docs").glob("*.json"):
+        (docs / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    namespace = runpy.run_path(str(ROOT / "tools" / "benchmark_page.py"))
+    monkeypatch.setitem(namespace["load"].__globals__, "DOCS", docs)
+    namespace["main"]()
+    assert (docs / "benchmarks.md").read_text() == SHOWN, "run: python tools/benchmark_page.py"
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
