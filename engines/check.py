@@ -67,6 +67,7 @@ RULES = (
     Rule("number-format", rules_quantizers.number_format, _ALL),
     Rule("runtime-scale", rules_quantizers.runtime_scale, _COMPILERS),
     Rule("channel-scale", rules_quantizers.channel_scale, _ALL),
+    Rule("integer-convolution", rules_quantizers.integer_convolution, ("tensorrt_rtx",), only="7.5"),
     Rule("weight-axis", rules_quantizers.weight_axis, _ALL),
     Rule("scale-mul", rules_quantizers.scale_mul, _TRT),
     Rule("quantizer-before-activation", rules_quantizers.quantizer_before_activation, _ALL),

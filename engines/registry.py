@@ -30,7 +30,7 @@ class Backend:
     module: str
     package: str | None = None
     extra: str = ""
-    dialects: tuple[str, ...] = ("ort", "portable", "fp8", "float")
+    dialects: tuple[str, ...] = ("ort", "portable", "unfold", "fp8", "float")
     compiles: bool = False
     opener: str = "open_engine"
 

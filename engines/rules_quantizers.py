@@ -208,3 +208,14 @@ def weight_axis(subject: Subject) -> Iterator[Finding]:
                 "slow", "weight-axis", subject.site(product), f"weight scales along axis {axis}: computes in float",
                 f"one scale per output channel, axis {wanted}",
             )
+
+
+def integer_convolution(subject: Subject) -> Iterator[Finding]:
+    """A quantized convolution where the library has no kernels for it."""
+    for product in subject.operators("Conv"):
+        if subject.is_quantized(product):
+            yield Finding(
+                "refused", "integer-convolution", subject.site(product),
+                "an INT8 convolution: it would compute in half, on weights that are dequantized at every call",
+                f"compile with --target {subject.target.name}: dialect `unfold` makes a matrix product of it",
+            )

@@ -16,7 +16,7 @@ from quantempo.errors import PlanError, RequestError, nearest
 
 Backend = Literal["ort", "openvino", "tensorrt", "tensorrt_rtx"]
 NumberFormat = Literal["int8", "int8-weights", "int4-weights", "fp8", "nvfp4", "float16", "bfloat16", "float32"]
-Dialect = Literal["float", "ort", "portable", "fp8"]
+Dialect = Literal["float", "ort", "portable", "unfold", "fp8"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
 _TENSOR_CORES = IntegerTypes("int8", 8, True, False, "integer cores add into 32 bits")
@@ -199,9 +199,9 @@ _TARGETS = {
         _gpu("blackwell", "B100, B200", "10.0", _BLACKWELL),
         replace(
             _gpu("rtx-turing", "GeForce RTX 20", "7.5", _TURING, _NO_FP8, rtx=True),
-            graphs=(("portable", "float16"),), notes=(
+            graphs=(("unfold", "float16"), ("portable", "float16")), notes=(
                 "float32 products do not build for Turing: float16 alone.",
-                "Quantized convolutions compute in half (TensorRT for RTX 1.7.1): keep them in float.",
+                "INT8 convolutions are missing (TensorRT for RTX 1.7.1): dialect `unfold` makes products of them.",
             ),
         ),
         _gpu("rtx-a100", "A100, A30 with TensorRT for RTX", "8.0", _AMPERE, _NO_FP8, rtx=True),

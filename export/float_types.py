@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from quantempo.export.lowering import GROUP_INPUT
 from quantempo.export.passes.edit import add_constant
+from quantempo.export.unfold import UNFOLDED
 from quantempo.export.weights import SCALE_FLOOR
 
 HalfType = Literal["float16", "bfloat16"]
@@ -149,7 +150,7 @@ class _Conversion:
 
     def _range(self, value: ir.Value) -> float:
         """Calibrated abs-max; that of a site's result also for the bare product in front of it."""
-        name = str(value.name)
+        name = str(value.name).partition(UNFOLDED)[0]
         return max(self.ranges.get(name, 0.0), self.ranges.get(name.removesuffix(".product"), 0.0))
 
     def _stands_around(self, node: ir.Node) -> bool:
@@ -175,6 +176,9 @@ class _Conversion:
         """Whether a product's dequantizers have scales that are subnormal in float16 and stand for something."""
         for value in node.inputs[:2]:
             maker = value.producer() if value is not None else None
+            if maker is not None and maker.op_type == "Transpose":
+                first = maker.inputs[0]
+                maker = first.producer() if first is not None else None
             scale = maker.inputs[1] if maker is not None and maker.op_type == "DequantizeLinear" else None
             if scale is not None and scale.const_value is not None:
                 array = np.asarray(scale.const_value.numpy(), np.float32)

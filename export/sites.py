@@ -216,20 +216,26 @@ def check_plan(plan: QuantPlan, model: ir.Model, where: str) -> None:
             raise refuse("decisions", f"no decision for the site {name!r}", "one for every site")
         raise refuse(f"decisions.{name}", "a decision for a site that is not there", nearest(name, sites))
     for name, decision in sorted(plan.decisions.items()):
-        if isinstance(decision, Share):
-            owner = sites.get(decision.site)
-            fits = owner is not None and isinstance(plan.decisions[decision.site], Quantize)
-            if owner is None or not fits or owner.tensor != sites[name].tensor:
-                raise refuse(
-                    f"decisions.{name}", f"a share with {decision.site!r}",
-                    "a site that quantizes the same tensor by itself",
-                )
+        if isinstance(decision, Share) and not _shares(plan, sites, name, decision.site):
+            found, wanted = f"a share with {decision.site!r}", "a site that quantizes the same tensor by itself"
+            raise refuse(f"decisions.{name}", found, wanted)
     check_centred(plan, model, where)
+    for dialect, kept in sorted(plan.dialects.items()):
+        for name in sorted(kept.keys() - sites.keys())[:1]:
+            raise refuse(f"dialects.{dialect}", f"a decision for {name!r}, which is not there", nearest(name, sites))
+        # A centre is taken off for every reader of a tensor, so none of them can stay in float in one dialect.
+        check_centred(plan.for_dialect(dialect), model, f"{where}: dialects.{dialect}")
     if not plan.quantized():
         raise NoSites(
             where, found=f"{len(sites)} sites, none of them to be quantized", wanted="at least one",
             cause="the plan keeps every site in float", remedy="quantize some, or compile with precision float32",
         )
+
+
+def _shares(plan: QuantPlan, sites: Mapping[str, Site], name: str, owner: str) -> bool:
+    """Whether a site may take its scale from another one."""
+    other = sites.get(owner)
+    return other is not None and isinstance(plan.decisions[owner], Quantize) and other.tensor == sites[name].tensor
 
 
 def check_pattern(pattern: str, sites: Iterable[Site]) -> tuple[Site, ...]:

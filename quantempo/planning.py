@@ -74,6 +74,7 @@ class PlanSummary:
         lines = [
             f"{len(self.plan.quantized())} of {len(self.plan.sites)} sites will be quantized",
             *(f"  kept: {count:3}  {reason}" for reason, count in sorted(reasons.items())),
+            *(f"  kept in graphs {dialect}-*: {len(kept)}" for dialect, kept in sorted(self.plan.dialects.items())),
             f"calibration: {p.calls} calls, {p.rows} rows, about {_minutes(p.calibration_seconds)}",
             f"memory: about {p.memory_bytes / 1e9:.1f} GB; disk: bundle {p.bundle_bytes / 1e6:.0f} MB, "
             f"results of stages {p.work_bytes / 1e6:.0f} MB",

@@ -38,7 +38,7 @@ OpenEngine = Callable[[Path, EngineOptions], Engine]
 Callback = Callable[["Session", int, float, dict[str, Float32s]], "Mapping[str, Float32s] | None"]
 """As in diffusers: (pipe, step, timestep, {"latents": …}) → a mapping that may hold new latents."""
 
-DIALECTS = ("ort", "portable", "fp8", "float")
+DIALECTS = ("ort", "portable", "unfold", "fp8", "float")
 """Which denoiser graphs are taken when the caller does not say; the first that the bundle has."""
 CACHE_MODES = ("auto", "none", "plan")
 """Feature caching: where the bundle has a plan for the call (with a notice where not), never, or not without one."""

@@ -31,7 +31,7 @@ class GraphEntry:
         file: path of the ONNX file in the bundle.
         data: weight files that it refers to.
         variant: `full`, later `reuse.k`, …; what `Call.graph` names.
-        dialect: how quantization is written: `float`, `ort`, `portable`.
+        dialect: how quantization is written (docs/dialects.md).
         float_type: type of what is not quantized.
         inputs, outputs: the contract that any ONNX runner can rely on.
         reads, writes: the cached features among the inputs and outputs; a feature has one name in all variants.
@@ -40,7 +40,7 @@ class GraphEntry:
     file: str
     data: tuple[str, ...]
     variant: str
-    dialect: Literal["float", "ort", "portable", "fp8"]
+    dialect: Literal["float", "ort", "portable", "unfold", "fp8"]
     float_type: Literal["float32", "float16", "bfloat16"]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

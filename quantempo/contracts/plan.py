@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Union
 
 PLAN_VERSION = 1
@@ -99,12 +99,15 @@ class QuantPlan:
         sites: all of them, sorted by id.
         decisions: by site id.
         centred: tensors whose channels are shifted per group before they are quantized, by an exact rewrite.
+        dialects: what the graphs of a dialect keep in float on top, by dialect and site id, because the devices that
+            read it lack something.
     """
 
     model: str
     sites: tuple[Site, ...]
     decisions: Mapping[str, Decision]
     centred: tuple[str, ...] = ()
+    dialects: Mapping[str, Mapping[str, Keep]] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
     def settings(self, site: Site) -> Quantize | None:
@@ -121,6 +124,29 @@ class QuantPlan:
     def kept(self) -> tuple[Site, ...]:
         """The sites that compute in float."""
         return tuple(site for site in self.sites if self.settings(site) is None)
+
+    def keeping(self, kept: Mapping[str, Keep]) -> QuantPlan:
+        """The plan with some more sites in float.
+
+        Where the site that owned a scale goes, the first of those that shared it becomes the owner.
+        """
+        decisions: dict[str, Decision] = {**self.decisions, **{name: kept[name] for name in kept}}
+        heirs: dict[str, str] = {}
+        for site in self.sites:
+            decision = self.decisions[site.id]
+            if site.id not in kept and isinstance(decision, Share) and decision.site in kept:
+                heir = heirs.setdefault(decision.site, site.id)
+                decisions[site.id] = self.decisions[decision.site] if heir == site.id else Share(heir)
+        plan = replace(self, decisions=decisions)
+        scaled = set(plan.scaled_tensors())
+        return replace(plan, centred=tuple(name for name in self.centred if name in scaled))
+
+    def for_dialect(self, dialect: str) -> QuantPlan:
+        """The plan that the graphs of a dialect follow."""
+        kept = self.dialects.get(dialect, {})
+        quantized = {site.id for site in self.quantized()}
+        plan = replace(self, dialects={})
+        return plan.keeping({name: decision for name, decision in kept.items() if name in quantized})
 
     def scaled_tensors(self) -> tuple[str, ...]:
         """Tensors that need scales: inputs of quantized sites, and outputs of quantized convolutions; sorted."""

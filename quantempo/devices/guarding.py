@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from quantempo.contracts.codec import canonical_json
 from quantempo.contracts.engine import Engine, EngineOptions
 from quantempo.contracts.manifest import Denoiser, GraphEntry
-from quantempo.contracts.plan import Decision, Keep, QuantPlan, Share
+from quantempo.contracts.plan import Keep, QuantPlan
 from quantempo.contracts.table import ScaleTable
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.devices.choosing import ROWS, candidates, example_feeds
@@ -231,26 +231,10 @@ def regions_of(plan: QuantPlan) -> tuple[Region, ...]:
 def restricted(
     plan: QuantPlan, table: ScaleTable, quantized: frozenset[str], reason: str
 ) -> tuple[QuantPlan, ScaleTable]:
-    """A plan in which of the quantized sites only some stay so, and the table that goes with it.
-
-    Where the site that owned a scale goes, the first of those that shared it becomes the owner.
-    """
-    decisions: dict[str, Decision] = dict(plan.decisions)
-    owners: dict[str, str] = {}
-    for site in plan.quantized():
-        if site.id not in quantized:
-            decisions[site.id] = Keep(reason)
-            continue
-        decision = plan.decisions[site.id]
-        first = decision.site if isinstance(decision, Share) else site.id
-        if isinstance(decision, Share) and first not in quantized:
-            settings = plan.settings(site)
-            assert settings is not None
-            owner = owners.setdefault(first, site.id)
-            decisions[site.id] = settings if owner == site.id else Share(owner)
-    changed = replace(plan, decisions=decisions)
+    """A plan in which of the quantized sites only some stay so, and the table that goes with it."""
+    gone = {site.id: Keep(reason) for site in plan.quantized() if site.id not in quantized}
+    changed = plan.keeping(gone)
     needed = set(changed.scaled_tensors())
-    changed = replace(changed, centred=tuple(name for name in plan.centred if name in needed))
     kept = {name: scales for name, scales in table.tensors.items() if name in needed}
     return changed, ScaleTable(table.partition, kept)
 

@@ -27,10 +27,11 @@ FLOAT_TYPES: dict[str, FloatType] = {short: kind for kind, short in SHORT.items(
 BASE = {"int8": ("ort-f32", "portable-f32"), "fp8": ("fp8-f32",)}
 """Graphs that every bundle of a precision has: what runs, or is simulated, on a CPU."""
 KNOWN = {
-    "int8": (*BASE["int8"], "portable-f16", "portable-bf16"), "fp8": (*BASE["fp8"], "fp8-f16", "fp8-bf16"),
+    "int8": (*BASE["int8"], "portable-f16", "portable-bf16", "unfold-f16"),
+    "fp8": (*BASE["fp8"], "fp8-f16", "fp8-bf16"),
 }
 """All graphs of a precision."""
-_DIALECTS = {"int8": ("ort", "portable"), "fp8": ("fp8",)}
+_DIALECTS = {"int8": ("ort", "portable", "unfold"), "fp8": ("fp8",)}
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ def split_name(name: str) -> tuple[str, FloatType]:
 
 
 def quantizes_attention(name: str, attention: Attention) -> bool:
-    """Whether the attention of a graph is quantized: on request in `portable`, by default in `fp8`."""
+    """Whether the attention of a graph is quantized: on request with INT8 for compilers, by default in `fp8`."""
     dialect = split_name(name)[0]
-    return (dialect == "fp8" and attention != "float") or (dialect == "portable" and attention == "quantized")
+    return attention != "float" if dialect == "fp8" else dialect != "ort" and attention == "quantized"
 
 
 def scanned_tensors(graph: Graph, choice: GraphChoice) -> dict[str, int]:
@@ -152,12 +153,18 @@ def _lower(
     from quantempo.export.lower_fp8 import lower_fp8
     from quantempo.export.lower_ort import lower_ort
     from quantempo.export.lower_portable import lower_portable
+    from quantempo.export.lower_variant import variant_table
     from quantempo.export.passes import GroupNormToInstanceNorm
+    from quantempo.export.passes.base import run_passes
     from quantempo.export.quantize_attention import quantize_attention
+    from quantempo.export.unfold import UnfoldConvolutions
 
-    lowerings = {"ort": lower_ort, "portable": lower_portable, "fp8": lower_fp8}
+    lowerings = {"ort": lower_ort, "portable": lower_portable, "unfold": lower_portable, "fp8": lower_fp8}
     dialect, kind = split_name(name)
-    lowered = lowerings[dialect](graph, plan, table, weights)
+    plan = plan.for_dialect(dialect)
+    lowered = lowerings[dialect](graph, plan, variant_table(table, plan), weights)
+    if dialect == "unfold":
+        run_passes(lowered, (UnfoldConvolutions(),))
     if quantizes_attention(name, choice.attention):
         quantize_attention(lowered, choice.ranges, "fp8" if dialect == "fp8" else "int8")
     if choice.old_parser and dialect == "portable":

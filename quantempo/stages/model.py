@@ -23,6 +23,7 @@ from quantempo.progress import Advance
 from quantempo.recipe import Recipe
 from quantempo.stages.calibration import ENGINE, MAPPED, Taps, trajectory_batches
 from quantempo.stages.conditioning import resolve
+from quantempo.stages.dialects import chosen_graphs
 from quantempo.stages.store import StageResult, StageStore
 from quantempo.stages.versions import code, libraries, require_compile_extra
 
@@ -225,7 +226,9 @@ def plan_stage(
         PlanError: a pattern matches nothing, or the given plan does not fit the model.
     """
     from quantempo.export.sites import PlanOptions, default_plan
+    from quantempo.export.unfold import DIALECT, kept_when_unfolded
 
+    unfolds = any(name.startswith(f"{DIALECT}-") for name in chosen_graphs(recipe).names)
     given = None if plan_file is None else read_plan(plan_file, exported)
     options = PlanOptions(
         keep=(*recipe.keep, *recipe.exclude), rules=recipe.rules, activation_bits=recipe.activation_bits,
@@ -234,6 +237,8 @@ def plan_stage(
 
     def make(folder: Path, advance: Advance) -> None:
         plan = given or default_plan(exported.graph, exported.graph_digest, options)
+        if unfolds and DIALECT not in plan.dialects:
+            plan = replace(plan, dialects={**plan.dialects, DIALECT: kept_when_unfolded(exported.graph, plan)})
         more = replace(options, keep=(), rules=tuple(rule for rule in recipe.rules if rule.action == "quantize"))
         everything = default_plan(exported.graph, exported.graph_digest, more)
         (folder / PLAN).write_text(canonical_json(plan))
@@ -246,6 +251,8 @@ def plan_stage(
         "keep": options.keep, "rules": to_data(options.rules), "activation bits": options.activation_bits,
         "centre": options.centre,
     }
+    if unfolds:
+        settings["dialects"] = [DIALECT]
     result = store.run("plan", {**inputs, **settings}, make)
     plan = from_data(QuantPlan, _read(result.path(PLAN)), PLAN)
     return plan, from_data(Taps, _read(result.path(TAPS)), TAPS)

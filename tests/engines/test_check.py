@@ -24,6 +24,7 @@ from quantempo.engines.targets import target, targets
 from quantempo.errors import EngineError
 from quantempo.export.lower_ort import lower_ort
 from quantempo.export.lower_portable import lower_portable
+from quantempo.export.unfold import UnfoldConvolutions
 
 GPUS = [name for name in targets() if name not in ("cpu", "openvino")]
 CPU_WITH_VNNI = parse_cpu("flags : avx2 avx512f avx512_vnni", "x86_64")
@@ -118,8 +119,21 @@ def test_our_portable_graph_with_groups_has_nothing_to_report(tmp_path: Path, na
     path = tmp_path / "portable.onnx"
     ir.save(lowered(lower_portable), path)
     found = check_graph(path, target(name, CPU_WITH_VNNI))
-    # Turing's library reads float16 graphs alone, and this one is float32.
-    assert [finding.rule for finding in found] == (["float-type"] if name == "rtx-turing" else [])
+    # Turing's library reads float16 graphs alone, and this one is float32; nor has it INT8 convolutions.
+    turing = ["float-type", "integer-convolution"] if name == "rtx-turing" else []
+    assert sorted(finding.rule for finding in found) == turing
+
+
+def test_turing_has_no_integer_convolutions_and_the_unfold_dialect_has_none_either(tmp_path: Path) -> None:
+    path, graph = tmp_path / "graph.onnx", lowered(lower_portable)
+    ir.save(graph, path)
+    (finding,) = [f for f in check_graph(path, target("rtx-turing")) if f.rule == "integer-convolution"]
+    assert (finding.level, finding.where) == ("refused", "c")
+    assert finding.remedy.startswith("compile with --target rtx-turing: dialect `unfold`")
+    UnfoldConvolutions().apply(graph)
+    ir.save(graph, path)
+    assert [f.rule for f in check_graph(path, target("rtx-turing"))] == ["float-type"]
+    assert check_graph(path, target("openvino", CPU_WITH_VNNI)) == ()
 
 
 def lowered(lower: Callable[..., ir.Model]) -> ir.Model:

@@ -73,7 +73,7 @@ GraphEntry read_graph(const Node& node) {
   entry.file = node.at(type, "file").text();
   entry.data = node.at(type, "data").texts();
   entry.variant = node.at(type, "variant").text();
-  entry.dialect = node.at(type, "dialect").one_of({"float", "ort", "portable", "fp8"});
+  entry.dialect = node.at(type, "dialect").one_of({"float", "ort", "portable", "unfold", "fp8"});
   entry.float_type = node.at(type, "float_type").one_of({"float32", "float16", "bfloat16"});
   entry.inputs = read_specs(node.at(type, "inputs"));
   entry.outputs = read_specs(node.at(type, "outputs"));
