@@ -19,6 +19,9 @@ NumberFormat = Literal["int8", "int8-weights", "int4-weights", "fp8", "nvfp4", "
 Dialect = Literal["float", "ort", "portable", "unfold", "fp8"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
+SHORT: dict[FloatType, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""Float types in the names of graphs, `VARIANT.DIALECT-TYPE`."""
+
 _TENSOR_CORES = IntegerTypes("int8", 8, True, False, "integer cores add into 32 bits")
 
 
@@ -75,6 +78,11 @@ class Target:
     def tensorrt(self) -> bool:
         """Whether graphs go through TensorRT's ONNX parser."""
         return self.backend in ("tensorrt", "tensorrt_rtx")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`graphs` as names, `DIALECT-TYPE`."""
+        return tuple(f"{dialect}-{SHORT[kind]}" for dialect, kind in self.graphs)
 
 
 _SLOW_QDQ = KnownBad(

@@ -33,9 +33,13 @@ from quantempo.engines.trt_words import unknown_setting
 from quantempo.errors import EngineError
 
 Array = NDArray[Any]
-SETTINGS = {"target": ("a target that was built",), "cuda_graph": ("on", "off"), "registers": ("device", "host")}
-"""What `EngineOptions.settings` may hold: whose engines to load, whether calls are captured as CUDA graphs, and where
-registers and guidance are computed."""
+SETTINGS = {
+    "target": ("a target that was built",), "graphs": ("a kind that was built, e.g. portable-f16",),
+    "cuda_graph": ("on", "off"), "registers": ("device", "host"),
+}
+"""What `EngineOptions.settings` may hold: whose engines to load, of which dialect and float type where several were
+built, whether calls are captured as CUDA graphs, and where registers and guidance are computed."""
+_FREE = ("target", "graphs")
 
 
 class Device(Protocol):
@@ -105,9 +109,9 @@ def open_plan(graph: Path, options: EngineOptions, library: str, trt: Any, devic
             str(graph), found="no such file", wanted="an ONNX graph file of a bundle", cause="a wrong path",
             remedy="look at the path again",
         )
-    settings = {"target": "", "cuda_graph": "on", "registers": "device", **options.settings}
+    settings = {"target": "", "graphs": "", "cuda_graph": "on", "registers": "device", **options.settings}
     for key, value in settings.items():
-        if key not in SETTINGS or (key != "target" and value not in SETTINGS[key]):
+        if key not in SETTINGS or (key not in _FREE and value not in SETTINGS[key]):
             raise unknown_setting(graph.name, f"{key}={value}", SETTINGS.get(key, tuple(SETTINGS)))
     if options.extra_outputs:
         raise EngineError(
@@ -118,7 +122,7 @@ def open_plan(graph: Path, options: EngineOptions, library: str, trt: Any, devic
     bundle = bundle_of(graph)
     folder, record = choose_record(bundle, library, settings["target"], device.capability if device else None)
     require_fit(str(folder), record, str(trt.__version__), None)
-    name = find_plan(str(folder), record, graph.stem)
+    name = find_plan(str(folder), record, graph.stem, settings["graphs"])
     data = load_plan(folder, record, name, bundle)
     if device is None:
         from quantempo.engines.cuda_device import CudaDevice

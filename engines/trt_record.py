@@ -19,7 +19,7 @@ from quantempo.engines.gate import GateReport
 from quantempo.engines.guard import Verdict
 from quantempo.engines.onnx_file import external_files
 from quantempo.engines.plan_store import unpack, weight_sources
-from quantempo.engines.targets import parse_version
+from quantempo.engines.targets import parse_version, target, targets
 from quantempo.engines.trt_profiles import Profile
 from quantempo.errors import DataError, DigestMismatch, EngineError, nearest
 
@@ -211,24 +211,46 @@ def version_loads(built: str, here: str, compatible: bool) -> bool:
     return compatible and two > one and (two[0] == one[0] or (one[0], two[0]) == (10, 11))
 
 
-def find_plan(where: str, record: EngineRecord, graph: str) -> str:
-    """The built graph that serves a graph: itself, or the same variant in another float type (the contract is one).
+def find_plan(where: str, record: EngineRecord, graph: str, kind: str = "") -> str:
+    """The built graph that serves a graph: itself, or the same variant in another dialect and float type.
+
+    All quantized kinds of a variant have one contract.  Among several that were built, one of the graph's own dialect
+    comes first, then the target's order counts.
+
+    Args:
+        where: for messages.
+        record: what was built.
+        graph: its name.
+        kind: `DIALECT-TYPE` that the user wants in place of the graph's own.
 
     Raises:
         EngineError: names what was built.
     """
-    if graph in record.plans:
-        return graph
-    variant, _, kind = graph.partition(".")
-    same = [name for name in record.plans if name.partition(".")[0] == variant]
-    quantized = [name for name in same if name.partition(".")[2].startswith("float") == kind.startswith("float")]
-    if quantized:
-        return quantized[0]
+    variant, own = _split(graph)
+    is_float = own.startswith("float")
+    there = {_split(name)[1]: name for name in record.plans if _split(name)[0] == variant}
+    there = {found: name for found, name in there.items() if found.startswith("float") == is_float}
+    wanted = own if is_float or not kind else kind
+    if wanted in there:
+        return there[wanted]
+    if there and wanted == own:
+        dialect = own.partition("-")[0]
+        order = target(record.target).kinds if record.target in targets() else ()
+        ranks = {found: rank for rank, found in enumerate(order)}
+        best = min(there, key=lambda f: (f.partition("-")[0] != dialect, ranks.get(f, len(ranks)), f))
+        return there[best]
     raise EngineError(
-        where, found=f"plans of {', '.join(sorted(record.plans)) or 'nothing'}", wanted=f"a plan of {graph!r}",
-        cause="this graph was not built for the target",
-        remedy=f"run: quantempo build BUNDLE --target {record.target}; {nearest(graph, record.plans)}",
+        where, found=f"plans of {', '.join(sorted(record.plans)) or 'nothing'}",
+        wanted=f"a plan of {f'{variant}.{wanted}'!r}", cause="this graph was not built for the target",
+        remedy=f"run: quantempo build BUNDLE --target {record.target}"
+        + (f" --graphs {wanted}" if wanted != own else "") + f"; {nearest(graph, record.plans)}",
     )
+
+
+def _split(graph: str) -> tuple[str, str]:
+    """Variant and kind of `VARIANT.DIALECT-TYPE`; a variant may hold points itself (`reuse.2`)."""
+    variant, _, kind = graph.rpartition(".")
+    return variant, kind
 
 
 def load_plan(folder: Path, record: EngineRecord, name: str, bundle: Path) -> bytes:

@@ -1,14 +1,14 @@
 """`quantempo build`: a bundle's graphs to engines for one target, with the engine library alone (no torch, no onnx).
 
 Bundle in, `engines/TARGET/` out: one plan per graph and `engine.json`, which holds what each plan was made from.  What
-is there already and has the same key is kept.
+is there already and has the same key is kept, and graphs of several kinds (`fp8-f16`, `portable-f16`) lie side by side.
 """
 
 from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from quantempo.engines.cuda_device import CudaDevice
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.plan_store import pack, weight_sources
 from quantempo.engines.shapes import symbols
-from quantempo.engines.targets import Target, require_format, target, version_fits
+from quantempo.engines.targets import SHORT, Target, require_format, target, version_fits
 from quantempo.engines.tensorrt import BuildJob, Built, capabilities, version
 from quantempo.engines.trt_profiles import Profile, Range, complete, input_shapes, parse_profile, require_known
 from quantempo.engines.trt_record import (
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from quantempo.engines.gate import GateReport
     from quantempo.engines.tensorrt import Library
 
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 DEFAULT_ROWS = 8
 """Largest batch that engines are built for where the bundle names none."""
 
@@ -83,6 +82,7 @@ class BuildSummary:
         folder: where it lies.
         record: the sidecar.
         kept: graphs whose plan was there already.
+        beside: graphs of other kinds that were built before and stay.
         notices: for the user.
         commands: per graph, the line for those who prefer the library's own tool.
     """
@@ -90,6 +90,7 @@ class BuildSummary:
     folder: Path
     record: EngineRecord
     kept: tuple[str, ...]
+    beside: tuple[str, ...]
     notices: tuple[str, ...]
     commands: Mapping[str, str]
 
@@ -97,6 +98,9 @@ class BuildSummary:
         """A few lines for people."""
         lines = [f"{self.folder}: {self.record.backend} {self.record.library}, capability {self.record.capability}"]
         for name, plan in self.record.plans.items():
+            if name in self.beside:
+                lines.append(f"  {name}: stays beside it")
+                continue
             how = "there already" if name in self.kept else f"{plan.seconds:.1f} s"
             stored = f", {plan.entry.size / 1e6:.1f} MB on disk" if plan.entry.size != plan.plan_size else ""
             lines.append(f"  {name}: {how}, plan of {plan.plan_size / 1e6:.1f} MB{stored}, key {plan.key[:12]}")
@@ -127,9 +131,13 @@ def build_bundle(bundle: Path, options: BuildOptions, progress: Progress | None 
     folder = opened.root / FOLDER / profile.name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_private(folder)
-    before = _plans_before(folder)
+    empty = EngineRecord(
+        profile.name, library, installed, capability, opened.digest, {}, options.version_compatible, device,
+        {"quantempo": __version__, library: installed},
+    )
+    before, beside, dropped = _plans_before(folder, empty, jobs)
     plans: dict[str, PlanRecord] = {}
-    kept, notices = [], list(_notices(graphs, opened.manifest))
+    kept, notices = [], [*_notices(graphs, opened.manifest), *dropped]
     for name, job in jobs.items():
         parts = key_parts(job, installed, device)
         old = before.get(name)
@@ -143,13 +151,11 @@ def build_bundle(bundle: Path, options: BuildOptions, progress: Progress | None 
         with (progress or SilentProgress()).stage(f"build {name}"):
             plans[name] = _build(folder, name, job, parts, profile, options)
         notices += plans[name].notices
-    record = EngineRecord(
-        profile.name, library, installed, capability, opened.digest, plans, options.version_compatible,
-        device, {"quantempo": __version__, library: installed},
-    )
+    record = replace(empty, plans={**plans, **beside})
     write_record(folder, record)
     _drop_strangers(folder, record)
-    return BuildSummary(folder, record, tuple(kept), tuple(notices), {n: tool_line(job) for n, job in jobs.items()})
+    commands = {name: tool_line(job) for name, job in jobs.items()}
+    return BuildSummary(folder, record, tuple(kept), tuple(beside), tuple(notices), commands)
 
 
 def _tensorrt_target(name: str) -> Target:
@@ -192,7 +198,7 @@ def choose_graphs(manifest: Manifest, profile: Target, asked: str = "") -> dict[
     for name, entry in manifest.graphs.items():
         if name != decoder:
             kinds.setdefault(f"{entry.dialect}-{SHORT[entry.float_type]}", {})[name] = entry
-    readable = [f"{dialect}-{SHORT[kind]}" for dialect, kind in profile.graphs]
+    readable = profile.kinds
     floats = [f"float-{SHORT[kind]}" for kind in SHORT if kind in profile.formats]
     if (asked or next(iter(kinds), "")).startswith("fp8") and (asked or all(k.startswith("fp8") for k in kinds)):
         require_format(profile, "fp8")
@@ -202,8 +208,10 @@ def choose_graphs(manifest: Manifest, profile: Target, asked: str = "") -> dict[
             f"target {profile.name!r}", found=f"a bundle with graphs {', '.join(sorted(kinds))}",
             wanted=f"graphs that it reads: {', '.join((*readable, *floats))}" if chosen not in kinds or not asked
             else f"not {asked}: {profile.name} reads {', '.join(readable)}",
-            cause="the bundle was compiled for other targets", remedy=nearest(asked, kinds) if asked
-            else f"compile it with --target {profile.name}",
+            cause="the bundle was compiled for other targets" if not asked or asked not in kinds
+            else "the device, or its library, lacks what the graph asks for",
+            remedy=nearest(asked, kinds) if asked and asked not in kinds
+            else f"compile it with --target {profile.name}" + (", or leave --graphs out" if asked else ""),
         )
     graphs = dict(kinds[chosen])
     if decoder is not None and "float-f32" in floats and _has_float32_products(profile):
@@ -298,17 +306,36 @@ def key_parts(job: BuildJob, installed: str, device: str) -> KeyParts:
     )
 
 
-def _plans_before(folder: Path) -> Mapping[str, PlanRecord]:
+def _plans_before(
+    folder: Path, record: EngineRecord, wanted: Collection[str]
+) -> tuple[Mapping[str, PlanRecord], dict[str, PlanRecord], tuple[str, ...]]:
+    """All plans of an earlier build, those of other graphs that stay beside a new record, and why others do not."""
     try:
-        return read_record(folder).plans
+        old = read_record(folder)
     except QuantempoError:
-        return {}
+        return {}, {}, ()
+    others = {name: plan for name, plan in old.plans.items() if name not in wanted}
+    reasons = [
+        word
+        for word in ("manifest", "library", "device", "capability", "version_compatible")
+        if getattr(old, word) != getattr(record, word)
+    ]
+    if reasons:
+        # A record speaks for all of its plans, and these would be refused when they are loaded.
+        why = f"was removed: it was built with another {', '.join(reasons)}"
+        return old.plans, {}, tuple(f"{name} {why}; build it again if you need it" for name in others)
+    whole = {name: plan for name, plan in others.items() if _is_whole(folder, plan)}
+    damaged = (f"{name} was removed: its file is damaged or gone" for name in others if name not in whole)
+    return old.plans, whole, tuple(damaged)
+
+
+def _is_whole(folder: Path, plan: PlanRecord) -> bool:
+    path = folder / plan.file
+    return path.is_file() and not path.is_symlink() and file_entry(path) == plan.entry
 
 
 def _is_current(folder: Path, plan: PlanRecord, parts: KeyParts, weights: Weights) -> bool:
-    path = folder / plan.file
-    same = plan.key == parts.key and plan.weights == weights
-    return same and path.is_file() and not path.is_symlink() and file_entry(path) == plan.entry
+    return plan.key == parts.key and plan.weights == weights and _is_whole(folder, plan)
 
 
 def _build(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.table import ScaleTable
-from quantempo.engines.targets import FloatType, Target, require_format, target
+from quantempo.engines.targets import SHORT, FloatType, Target, require_format, target
 from quantempo.errors import PlanError, nearest
 from quantempo.recipe import Recipe
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Attention = Literal["auto", "float", "quantized"]
 
-SHORT: dict[FloatType, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 FLOAT_TYPES: dict[str, FloatType] = {short: kind for kind, short in SHORT.items()}
 BASE = {"int8": ("ort-f32", "portable-f32"), "fp8": ("fp8-f32",)}
 """Graphs that every bundle of a precision has: what runs, or is simulated, on a CPU."""
@@ -85,7 +84,7 @@ def _best_graph(profile: Target, precision: Literal["int8", "fp8"]) -> str:
     if not found:
         raise PlanError(
             f"target {profile.name!r}", found=f"no graph of precision {precision}",
-            wanted=f"one of {', '.join(f'{d}-{SHORT[t]}' for d, t in profile.graphs)}",
+            wanted=f"one of {', '.join(profile.kinds)}",
             cause="the target reads other dialects", remedy="choose another precision",
         )
     dialect, kind = found[0]

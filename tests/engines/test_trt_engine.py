@@ -167,6 +167,44 @@ def test_a_variant_is_served_by_the_float_type_that_was_built(bundle: Path) -> N
         find_plan("here", record, "full.float-f32")
 
 
+def test_among_several_kinds_the_own_dialect_then_the_order_of_the_target_counts(bundle: Path) -> None:
+    write(bundle)
+    record = read_record(bundle / "engines" / "rtx-ada")
+    plan = record.plans[NAME]
+    names = ("full.portable-bf16", "full.portable-f16", "full.fp8-f16", "full.float-f16", "reuse.2.portable-f16")
+    record = replace(record, plans=dict.fromkeys(names, plan))
+    for asked, kind, found in (
+        ("full.portable-bf16", "", "full.portable-bf16"),
+        ("full.portable-f32", "", "full.portable-f16"),
+        ("full.ort-f32", "", "full.fp8-f16"),
+        ("full.portable-f32", "fp8-f16", "full.fp8-f16"),
+        ("full.float-f16", "fp8-f16", "full.float-f16"),
+        ("reuse.2.portable-f32", "", "reuse.2.portable-f16"),
+    ):
+        assert find_plan("here", record, asked, kind) == found, (asked, kind)
+    assert find_plan("here", replace(record, target="of-tomorrow"), "full.portable-f32") == "full.portable-bf16"
+    with pytest.raises(EngineError, match=r"wanted a plan of 'full\.fp8-bf16'(.|\n)*rtx-ada --graphs fp8-bf16"):
+        find_plan("here", record, "full.portable-f32", "fp8-bf16")
+    with pytest.raises(EngineError, match=r"wanted a plan of 'reuse\.3\.portable-f32'"):
+        find_plan("here", record, "reuse.3.portable-f32")
+
+
+def test_the_kind_is_a_setting(bundle: Path) -> None:
+    folder = write(bundle)
+    assert opened(bundle, graph="full.portable-f32", graphs="portable-f16").name == f"tensorrt_rtx {NAME}"
+    with pytest.raises(EngineError, match=r"plans of full\.portable-f16, wanted a plan of 'full\.fp8-f16'"):
+        opened(bundle, graphs="fp8-f16")
+    record = read_record(folder)
+    plan = b'{"factor": 5}'
+    (folder / "full.fp8-f16.plan").write_bytes(plan)
+    other = replace(record.plans[NAME], file="full.fp8-f16.plan", entry=FileEntry(digest(plan), len(plan)))
+    write_record(folder, replace(record, plans={**record.plans, "full.fp8-f16": other}))
+    given = feeds()
+    for kind, factor in (("", 2), ("portable-f16", 2), ("fp8-f16", 5)):
+        found = opened(bundle, graphs=kind).run(given)["prediction"]
+        np.testing.assert_array_equal(found, given["sample"] * factor + 3)
+
+
 def test_no_engines_are_refused_with_the_command_that_makes_them(bundle: Path) -> None:
     with pytest.raises(EngineError, match=r"no engines(.|\n)*run: quantempo build BUNDLE --target TARGET"):
         opened(bundle)

@@ -98,6 +98,30 @@ def test_the_same_build_has_the_same_key_and_is_kept(bundle: Path) -> None:
     assert one.entry == two.entry, "TensorRT for RTX is deterministic"
 
 
+def test_kinds_of_graphs_lie_side_by_side(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build_bundle(bundle, BuildOptions("rtx-spark", graphs="portable-f16"))
+    second = build_bundle(bundle, BuildOptions("rtx-spark", graphs="fp8-f16"))
+    assert (first.beside, second.beside) == ((), ("full.portable-f16",))
+    assert set(second.record.plans) == {"full.fp8-f16", "full.portable-f16"}
+    assert read_record(second.folder) == second.record
+    assert "full.portable-f16: stays beside it" in second.text()
+    assert second.text().count("--onnx=") == 1
+    assert second.record.plans["full.portable-f16"] == first.record.plans["full.portable-f16"]
+    again = build_bundle(bundle, BuildOptions("rtx-spark", graphs="portable-f16"))
+    assert (again.kept, again.beside) == (("full.portable-f16",), ("full.fp8-f16",))
+    # What a record does not hold for any more, or what is damaged, goes, and the user hears of it.
+    (again.folder / "full.fp8-f16.plan").write_bytes(b"cut short")
+    third = build_bundle(bundle, BuildOptions("rtx-spark", graphs="portable-f16"))
+    assert third.beside == ()
+    assert third.notices == ("full.fp8-f16 was removed: its file is damaged or gone",)
+    assert not (third.folder / "full.fp8-f16.plan").exists()
+    fourth = build_bundle(bundle, BuildOptions("rtx-spark", graphs="fp8-f16", version_compatible=True))
+    assert fourth.beside == ()
+    assert "full.portable-f16 was removed: it was built with another version_compatible; build it again if you need " \
+        "it" in fourth.notices
+    assert {path.name for path in fourth.folder.iterdir()} == {"engine.json", "full.fp8-f16.plan"}
+
+
 def test_another_flag_is_another_key_and_says_which(bundle: Path) -> None:
     first = build_bundle(bundle, BuildOptions("rtx-ada", graphs="portable-f16"))
     other = build_bundle(bundle, BuildOptions("rtx-ada", graphs="portable-f16", shapes=("batch=1:4:4",)))
@@ -156,7 +180,7 @@ def test_the_builder_itself_refuses_fp8_there(bundle: Path, tmp_path: Path, capa
 
 
 def test_turing_has_no_float32_products(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="not portable-f32: rtx-turing reads portable-f16"):
+    with pytest.raises(BundleError, match=r"not portable-f32: rtx-turing reads unfold-f16, portable-f16(.|\n)*leave --graphs out"):
         build_bundle(bundle, BuildOptions("rtx-turing", graphs="portable-f32"))
     graph = bundle / "graphs/full.portable-f32.onnx"
     job = BuildJob("tensorrt_rtx", str(graph), str(tmp_path / "p"), "7.5", (parse_profile("batch=2"),))
