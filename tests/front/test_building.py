@@ -98,7 +98,8 @@ def test_the_same_build_has_the_same_key_and_is_kept(bundle: Path) -> None:
     assert one.entry == two.entry, "TensorRT for RTX is deterministic"
 
 
-def test_kinds_of_graphs_lie_side_by_side(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_graphs_lie_side_by_side(tmp_path: Path) -> None:
+    bundle = make_trt_bundle(tmp_path / "bundle")
     first = build_bundle(bundle, BuildOptions("rtx-spark", graphs="portable-f16"))
     second = build_bundle(bundle, BuildOptions("rtx-spark", graphs="fp8-f16"))
     assert (first.beside, second.beside) == ((), ("full.portable-f16",))
@@ -180,7 +181,8 @@ def test_the_builder_itself_refuses_fp8_there(bundle: Path, tmp_path: Path, capa
 
 
 def test_turing_has_no_float32_products(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"not portable-f32: rtx-turing reads unfold-f16, portable-f16(.|\n)*leave --graphs out"):
+    words = r"not portable-f32: rtx-turing reads unfold-f16, portable-f16(.|\n)*leave --graphs out"
+    with pytest.raises(BundleError, match=words):
         build_bundle(bundle, BuildOptions("rtx-turing", graphs="portable-f32"))
     graph = bundle / "graphs/full.portable-f32.onnx"
     job = BuildJob("tensorrt_rtx", str(graph), str(tmp_path / "p"), "7.5", (parse_profile("batch=2"),))
