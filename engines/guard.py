@@ -25,7 +25,8 @@ Outcome = Literal["faster", "slower", "even"]
 
 _DISTRIBUTIONS = {
     "ort": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",), "tensorrt": ("tensorrt",),
-    "tensorrt_rtx": ("tensorrt-rtx",),
+    "tensorrt_rtx": ("tensorrt-rtx",), "ort-cuda": ("onnxruntime-gpu",), "ort-tensorrt": ("onnxruntime-gpu",),
+    "ort-rtx": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx"),
 }
 """What `pip list` calls a backend's library."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,18 @@ CPU whose integer products saturate (`auto` takes the precise mode there, with a
 kept (empty: nowhere)."""
 
 DEFAULTS = {"optimization": "all", "prepacking": "on", "spinning": "on", "integers": "auto", "cache": ""}
+CPU = "CPUExecutionProvider"
 PRECISE = "session.x64quantprecision"
 OPTIMIZED, OPTIMIZED_WEIGHTS = "graph.onnx", "weights.bin"
 """Files of an entry in the engine cache."""
 
 
-def _onnxruntime() -> Any:
+def library() -> Any:
+    """The module onnxruntime.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -73,7 +79,7 @@ def open_engine(graph: Path, options: EngineOptions) -> OrtEngine:
         UnsafePath: the graph refers to weights outside its folder, or through a link.
         MissingExtra: onnxruntime is not installed.
     """
-    _onnxruntime()
+    library()
     if not graph.is_file():
         raise EngineError(
             f"{graph}", found="no such file", wanted="an ONNX graph file", cause="a wrong path",
@@ -82,20 +88,20 @@ def open_engine(graph: Path, options: EngineOptions) -> OrtEngine:
     settings = _settings(graph, options)
     onnx_file.check_external_files(graph)
     if not settings["cache"]:
-        return OrtEngine(graph, _session(graph, options, _session_options(settings, options.threads)))
+        return OrtEngine(graph, open_session(graph, options, session_options(settings, options.threads)))
 
     def build(folder: Path) -> None:
         save_optimized(graph, options, settings, folder)
 
     entry = EngineCache(Path(settings["cache"])).folder_for(_key_parts(graph, options, settings), build)
     # What was optimized is opened as it is: a hit costs no optimizer pass.
-    session_options = _session_options({**settings, "optimization": "none"}, options.threads)
-    return OrtEngine(graph, _session(entry / OPTIMIZED, EngineOptions(), session_options))
+    configured = session_options({**settings, "optimization": "none"}, options.threads)
+    return OrtEngine(graph, open_session(entry / OPTIMIZED, EngineOptions(), configured))
 
 
 def version() -> str:
     """The version of the installed library."""
-    return str(_onnxruntime().__version__)
+    return str(library().__version__)
 
 
 def key_parts(graph: Path, options: EngineOptions, sizes: Mapping[str, int] | None = None) -> KeyParts:
@@ -121,15 +127,15 @@ def save_optimized(graph: Path, options: EngineOptions, settings: Mapping[str, s
     Raises:
         EngineError: as `open_engine`.
     """
-    session_options = _session_options({**settings, "prepacking": "off"}, options.threads)
+    configured = session_options({**settings, "prepacking": "off"}, options.threads)
     saved = folder / OPTIMIZED
-    session_options.optimized_model_filepath = str(saved)
+    configured.optimized_model_filepath = str(saved)
     # Weights go to a file of their own, so that a model above protobuf's 2 GiB can be saved too.
-    session_options.add_session_config_entry(
+    configured.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", OPTIMIZED_WEIGHTS
     )
-    session_options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    _session(graph, options, session_options)
+    configured.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    open_session(graph, options, configured)
     return saved
 
 
@@ -187,8 +193,9 @@ def _settings(graph: Path, options: EngineOptions) -> dict[str, str]:
     return settings
 
 
-def _session_options(settings: Mapping[str, str], threads: int) -> Any:
-    ort = _onnxruntime()
+def session_options(settings: Mapping[str, str], threads: int) -> Any:
+    """A `SessionOptions` object from all of `SETTINGS`."""
+    ort = library()
     made = ort.SessionOptions()
     if settings["integers"] == "precise":
         made.add_session_config_entry(PRECISE, "1")
@@ -201,20 +208,36 @@ def _session_options(settings: Mapping[str, str], threads: int) -> Any:
     return made
 
 
-def _session(graph: Path, options: EngineOptions, session_options: Any) -> Any:
+def open_session(graph: Path, options: EngineOptions, configured: Any, providers: Sequence[Any] = (CPU,)) -> Any:
+    """An `InferenceSession`.
+
+    Args:
+        graph: ONNX file.
+        options: for the extra outputs.
+        configured: from `session_options`.
+        providers: as ONNX Runtime takes them; empty where `configured` names devices.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the graph.
+    """
     source: str | bytes = str(graph)
     if options.extra_outputs:
         source = onnx_file.with_outputs(graph, options.extra_outputs)
-        session_options.add_session_config_entry(
+        configured.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(graph.parent.resolve())
         )
     try:
-        return _onnxruntime().InferenceSession(source, session_options, providers=["CPUExecutionProvider"])
+        return library().InferenceSession(source, configured, providers=list(providers) or None)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this one
-        raise _refusal(f"ort {graph.name}", "a graph that ONNX Runtime opens", error) from error
+        raise refusal(f"ort {graph.name}", "a graph that ONNX Runtime opens", error) from error
 
 
-def _refusal(where: str, wanted: str, error: Exception) -> EngineError:
+def specs(where: str, nodes: Iterable[Any]) -> dict[str, TensorSpec]:
+    """The contract of a session's inputs or outputs by name."""
+    return {node.name: _spec(where, node) for node in nodes}
+
+
+def refusal(where: str, wanted: str, error: Exception) -> EngineError:
     """An `EngineError` that quotes ONNX Runtime's own words."""
     return EngineError(
         where, found=f"{type(error).__name__}: {' '.join(str(error).split())}", wanted=wanted,
@@ -239,11 +262,7 @@ class OrtEngine(HostEngine):
 
     def __init__(self, graph: Path, session: Any) -> None:
         name = f"ort {graph.name}"
-        super().__init__(
-            name,
-            {node.name: _spec(name, node) for node in session.get_inputs()},
-            {node.name: _spec(name, node) for node in session.get_outputs()},
-        )
+        super().__init__(name, specs(name, session.get_inputs()), specs(name, session.get_outputs()))
         self._session = session
 
     def bind(self, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None = None) -> OrtBinding:
@@ -264,7 +283,7 @@ class OrtBinding:
 
     def __init__(self, engine: OrtEngine, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None) -> None:
         self._engine = engine
-        self._ort = _onnxruntime()
+        self._ort = library()
         self._io = engine._session.io_binding()
         inputs = allocate(engine.name, engine.inputs, sizes, share)
         self._values = {name: self._ort.OrtValue.ortvalue_from_numpy(b.memory) for name, b in inputs.items()}
@@ -286,7 +305,7 @@ class OrtBinding:
             arrays = engine._session.run(names, feeds)
         except Exception as error:
             wanted = "a graph that runs on zeros, to learn the shapes of its extra outputs"
-            raise _refusal(engine.name, wanted, error) from error
+            raise refusal(engine.name, wanted, error) from error
         return {
             name: HostBuffer(engine.outputs[name], aligned_zeros(a.shape, a.dtype), engine.name)
             for name, a in zip(names, arrays, strict=True)
@@ -298,4 +317,4 @@ class OrtBinding:
         try:
             self._engine._session.run_with_iobinding(self._io)
         except Exception as error:
-            raise _refusal(self._engine.name, "inputs that the graph can compute", error) from error
+            raise refusal(self._engine.name, "inputs that the graph can compute", error) from error

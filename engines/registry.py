@@ -25,6 +25,8 @@ class Backend:
         dialects: the denoiser graphs that suit it, best first.
         compiles: whether it has the setting `cache` for what it makes of a graph.
         opener: name of the module's function; two backends of one module have different ones.
+        holds: a file that the package must hold (a pattern from its folder), where not every build of it does.
+        instead_of: a package that has to go before the extra is installed.
     """
 
     module: str
@@ -33,11 +35,18 @@ class Backend:
     dialects: tuple[str, ...] = ("ort", "portable", "unfold", "fp8", "float")
     compiles: bool = False
     opener: str = "open_engine"
+    holds: str = ""
+    instead_of: str = ""
 
     @property
     def installed(self) -> bool:
         """Whether the library can be imported (it is not imported to find out)."""
-        return self.package is None or importlib.util.find_spec(self.package) is not None
+        if self.package is None:
+            return True
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not self.holds:
+            return spec is not None
+        return any(any(Path(folder).glob(self.holds)) for folder in spec.submodule_search_locations or ())
 
 
 _BACKENDS = {
@@ -46,6 +55,18 @@ _BACKENDS = {
         "quantempo.engines.openvino", "openvino", "openvino", ("portable", "fp8", "float"), compiles=True
     ),
     "ort": Backend("quantempo.engines.ort", "onnxruntime", "cpu", compiles=True),
+    "ort-cuda": Backend(
+        "quantempo.engines.ort_gpu", "onnxruntime", "gpu", ("float", "portable", "unfold", "fp8"), opener="open_cuda",
+        holds="capi/*onnxruntime_providers_cuda.*", instead_of="onnxruntime",
+    ),
+    "ort-rtx": Backend(
+        "quantempo.engines.ort_gpu", "onnxruntime_ep_nv_tensorrt_rtx", "ort-rtx", ("fp8", "portable", "float"),
+        opener="open_rtx",
+    ),
+    "ort-tensorrt": Backend(
+        "quantempo.engines.ort_gpu", "onnxruntime", "gpu", ("fp8", "portable", "float"), opener="open_tensorrt",
+        holds="capi/*onnxruntime_providers_tensorrt.*", instead_of="onnxruntime",
+    ),
     "tensorrt": Backend("quantempo.engines.tensorrt", "tensorrt", "tensorrt", ("fp8", "portable", "float")),
     "tensorrt-rtx": Backend(
         "quantempo.engines.tensorrt", "tensorrt_rtx", "tensorrt-rtx", ("fp8", "portable", "float"),
@@ -115,5 +136,8 @@ def _module(backend: str) -> ModuleType:
             cause="a misspelling, or a backend of a newer version", remedy=nearest(backend, backends()),
         )
     if not known.installed:
-        raise MissingExtra(f"engine {backend!r}", package=str(known.package), extra=known.extra)
+        raise MissingExtra(
+            f"engine {backend!r}", package=str(known.package).replace("_", "-") + ("-gpu" if known.holds else ""),
+            extra=known.extra, instead_of=known.instead_of,
+        )
     return importlib.import_module(known.module)

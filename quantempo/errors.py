@@ -127,13 +127,14 @@ class FusionError(EngineError):
 class MissingExtra(QuantempoError, ImportError):
     """An optional dependency is not installed."""
 
-    def __init__(self, where: str, *, package: str, extra: str) -> None:
+    def __init__(self, where: str, *, package: str, extra: str, instead_of: str = "") -> None:
+        first = f"pip uninstall -y {instead_of} && " if instead_of else ""
         super().__init__(
             where,
             found=f"no installed package {package!r}",
             wanted=f"the extra {extra!r}",
             cause="quantempo was installed without this extra",
-            remedy=f"run: pip install 'quantempo[{extra}]'",
+            remedy=f"run: {first}pip install 'quantempo[{extra}]'",
         )
 
 

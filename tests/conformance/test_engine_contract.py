@@ -18,10 +18,11 @@ import pytest
 
 from quantempo.contracts.engine import Engine, EngineOptions
 from quantempo.contracts.tensors import TensorSpec
-from quantempo.engines import trt_process
+from quantempo.engines import ort, trt_process
 from quantempo.engines.cache import KeyParts, file_entry
 from quantempo.engines.cuda_device import CudaDevice
 from quantempo.engines.echo import EchoGraph, write_echo_graph
+from quantempo.engines.ort_gpu import OrtGpuEngine
 from quantempo.engines.registry import installed_backends, open_engine
 from quantempo.engines.tensorrt import BuildJob, Library, version
 from quantempo.engines.trt_profiles import parse_profile
@@ -89,13 +90,23 @@ def compiled_graph(library: Library, folder: Path) -> Path:
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "echo": echo_graph, "ort": onnx_graph, "openvino": onnx_graph, "tensorrt": partial(compiled_graph, "tensorrt"),
-    "tensorrt-rtx": partial(compiled_graph, "tensorrt_rtx"),
+    "tensorrt-rtx": partial(compiled_graph, "tensorrt_rtx"), "ort-cuda": onnx_graph, "ort-rtx": onnx_graph,
+    "ort-tensorrt": onnx_graph,
 }
 
 
-@pytest.fixture(params=installed_backends())
+GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-rtx", "ort-tensorrt")
+STAND_IN = "ort-gpu on the CPU"
+"""The binding of the GPU providers, with tensors that ONNX Runtime keeps on the host."""
+
+
+@pytest.fixture(params=(*installed_backends(), STAND_IN))
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
-    if request.param.startswith("tensorrt"):
+    if request.param == STAND_IN:
+        graph, options = onnx_graph(tmp_path), EngineOptions(threads=1)
+        session = ort.open_session(graph, options, ort.session_options(ort.DEFAULTS | {"integers": "fast"}, 1))
+        return OrtGpuEngine(STAND_IN, session, memory="cpu")
+    if request.param in GPU:
         try:
             CudaDevice.open()
         except (EngineError, MissingExtra) as error:

@@ -23,6 +23,7 @@ ALLOWED = {
     "onnx_ir": ("export/", "benchmarks/"),
     "onnxscript": ("export/",),
     "onnxruntime": ("engines/ort.py", "benchmarks/"),
+    "onnxruntime_ep_nv_tensorrt_rtx": ("engines/ort_gpu.py",),
     "openvino": ("engines/openvino.py", "benchmarks/"),
     "tensorrt": ("engines/tensorrt.py",),
     "tensorrt_rtx": ("engines/tensorrt.py",),
