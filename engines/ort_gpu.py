@@ -87,7 +87,7 @@ def _open(graph: Path, options: EngineOptions, backend: str) -> OrtGpuEngine:
             remedy="look at the path again",
         )
     onnx_file.check_external_files(graph)
-    profiles = ()
+    profiles: tuple[Profile, ...] = ()
     if settings["shapes"]:
         profiles = complete(graph.name, read_graph(graph).inputs, [parse_profile(settings["shapes"])], {})
     chosen = provider_options(provider, settings, profiles, graph)
