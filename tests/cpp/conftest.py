@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-from support.cpp_library import ROOT, configure_and_build
+from support.cpp_library import ROOT, configure_and_build, engine_library
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +17,10 @@ def built() -> Path:
 @pytest.fixture(scope="session")
 def ort_library() -> Path:
     """ONNX Runtime's shared library, as the Python package ships it."""
-    found = importlib.util.find_spec("onnxruntime")
-    assert found is not None
-    assert found.origin is not None
-    (library,) = (Path(found.origin).parent / "capi").glob("libonnxruntime.so.*")
-    return library
+    return engine_library("ort")
+
+
+@pytest.fixture(scope="session")
+def openvino_library() -> Path:
+    """OpenVINO's C library, as the Python package ships it."""
+    return engine_library("openvino")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 from support.bundle_maker import Shape, cached_program, make_bundle, replace_file, rewrite_manifest
-from support.cpp_library import Library
+from support.cpp_library import Library, Sampler
 from support.onnx_bundles import write_onnx_bundle
 
 from quantempo.contracts.codec import canonical_json
@@ -340,3 +340,25 @@ def test_graphs_that_reach_outside_are_refused_before_the_engine_sees_them(
     found, said = library.open(bundle, library=str(ort_library))
     assert found == name
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("library_name", "setting", "words"),
+    [
+        ("libz.so.1", "", "found a library without ov_get_openvino_version, wanted OpenVINO 2024.0 or newer"),
+        ("/nowhere/libopenvino_c.so", "", "no library that opens"),
+        ("", "precision=f8", "found precision=f8, wanted one of f32, bf16, f16, auto"),
+        ("", "streams=0", "found streams=0"),
+        ("", "stream=1", "did you mean 'streams'"),
+        ("", "shapes=free", ""),
+    ],
+)
+def test_openvino_says_what_is_wrong_with_its_library_or_settings(
+    built: Path, openvino_library: Path, tmp_path: Path, library_name: str, setting: str, words: str
+) -> None:
+    bundle = write_onnx_bundle(tmp_path / "b", tmp_path / "work")
+    sampler = Sampler(built, Path(library_name or openvino_library), "openvino")
+    done = sampler.run(bundle, "--class", 1, "--steps", 1, *(("--set", setting) if setting else ()))
+    assert done.returncode == (1 if words else 0), done.stderr
+    assert ("EngineError: " in done.stderr) == bool(words)
+    assert words in done.stderr

@@ -32,15 +32,20 @@ def sampler(built: Path, ort_library: Path) -> Sampler:
 
 
 @pytest.fixture(scope="session")
+def openvino_sampler(built: Path, openvino_library: Path) -> Sampler:
+    return Sampler(built, openvino_library, "openvino")
+
+
+@pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     return write_onnx_bundle(folder / "b", folder / "work")
 
 
-def load(bundle: Path) -> Session:
+def load(bundle: Path, engine: str = "ort") -> Session:
     import quantempo
 
-    return quantempo.load(bundle, engine="ort", threads=1)
+    return quantempo.load(bundle, engine=engine, threads=1)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -107,9 +112,26 @@ def test_compiled_models_give_the_same_latents_and_png(
     compare(sampler, compiled if precision == "int8" else compiled / "reference", tmp_path, scheduler, 5)
 
 
+@pytest.mark.parametrize("precision", ["int8", "float"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_on_openvino_compiled_models_give_the_same_latents_and_png(
+    openvino_sampler: Sampler, compiled: Path, tmp_path: Path, precision: str, scheduler: str
+) -> None:
+    compare(openvino_sampler, compiled if precision == "int8" else compiled / "reference", tmp_path, scheduler, 5)
+
+
+@pytest.mark.parametrize("steps", CACHED)
+def test_cached_programs_on_openvino_give_the_same_latents(
+    openvino_sampler: Sampler, parts: Path, tmp_path: Path, steps: int
+) -> None:
+    found = openvino_sampler.latents(parts, SHAPE, tmp_path, "--class", 3, "--class", 9, "--steps", steps)
+    wanted = load(parts, "openvino")([3, 9], seed=0, num_inference_steps=steps, output_type="latent").latents
+    assert same(found, wanted)
+
+
 def compare(sampler: Sampler, bundle: Path, folder: Path, scheduler: str, steps: int) -> None:
     """Three samples of both runtimes: latents bit for bit, and the PNG's bytes."""
-    session = load(bundle)
+    session = load(bundle, sampler.engine)
     given: dict[str, Any] = {"num_inference_steps": steps}
     words: list[object] = ["--steps", steps]
     if scheduler != session.manifest.programs.scheduler:
@@ -152,4 +174,4 @@ def test_notices_of_a_run_are_told(sampler: Sampler, parts: Path) -> None:
 
 
 def test_the_library_names_its_backends(built: Path) -> None:
-    assert b"ort" in Library(built).raw.quantempo_backends().split(b",")
+    assert Library(built).raw.quantempo_backends().split(b",") == [b"openvino", b"ort"]

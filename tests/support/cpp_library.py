@@ -44,6 +44,18 @@ def configure_and_build(folder: Path, *options: str) -> Path:
     return folder
 
 
+def engine_library(engine: str) -> Path:
+    """An engine's shared library, as its Python package ships it.  Skips where the package is not installed."""
+    package, pattern = {
+        "ort": ("onnxruntime", "capi/libonnxruntime.so.*"), "openvino": ("openvino", "libs/libopenvino_c.so*")
+    }[engine]  # fmt: skip
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        pytest.skip(f"needs {package}")
+    (library,) = Path(found.origin).parent.glob(pattern)
+    return library
+
+
 class OpenOptions(ctypes.Structure):
     _fields_ = [
         ("size", ctypes.c_size_t), ("backend", ctypes.c_char_p), ("library", ctypes.c_char_p),

@@ -206,6 +206,30 @@ void collect(std::vector<Span> pending, std::set<std::string>& names) {
   }
 }
 
+// A ValueInfoProto.  Its type is TypeProto.tensor_type: element type, and a shape of sizes or symbols.
+TensorSpec read_value(Span at) {
+  TensorSpec spec;
+  for (const Span name : children(at, 1)) spec.name = name.text();
+  for (const Span type : children(at, 2)) {
+    for (Span tensor : children(type, 1)) {
+      for (const Span shape : children(tensor, 2)) {
+        for (Span dimension : children(shape, 1)) {
+          Dimension size = spec.name + "." + std::to_string(spec.shape.size());
+          for (Field field; next(dimension, field);) {
+            if (field.number == 1 && !field.bytes) size = static_cast<std::int64_t>(field.value);
+            if (field.number == 2 && field.bytes && field.span.begin != field.span.end) size = field.span.text();
+          }
+          spec.shape.push_back(std::move(size));
+        }
+      }
+      for (Field field; next(tensor, field);) {
+        if (field.number == 1 && !field.bytes) spec.dtype = type_name(field.value);
+      }
+    }
+  }
+  return spec;
+}
+
 [[noreturn]] void not_onnx(const std::string& graph, const std::string& found) {
   throw Error(Kind::EngineError, graph, found, "an ONNX graph file", "a wrong path, or a file that was cut short",
               "compile the bundle again");
@@ -273,6 +297,30 @@ std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::si
       if (read.location.empty()) continue;
       read.consumers = consumers_of(uses, read.name);
       found.push_back(std::move(read));
+    }
+  }
+  return found;
+}
+
+GraphTensors graph_tensors(const std::string& graph) {
+  GraphTensors found;
+  with_bytes(graph, [&](const unsigned char* bytes, std::size_t size) {
+    for (const Span part : main_graphs(bytes, size)) {
+      std::set<std::string> weights;
+      for (const Span tensor : children(part, 5)) weights.insert(read_tensor(tensor).name);
+      for (const Span value : children(part, 11)) {
+        TensorSpec spec = read_value(value);
+        if (weights.count(spec.name) == 0) found.inputs.push_back(std::move(spec));
+      }
+      for (const Span value : children(part, 12)) found.outputs.push_back(read_value(value));
+    }
+  });
+  for (const auto* side : {&found.inputs, &found.outputs}) {
+    for (const auto& spec : *side) {
+      if (element_size(spec.dtype) != 0) continue;
+      throw Error(Kind::EngineError, graph.substr(graph.rfind('/') + 1) + ": tensor " + repr(spec.name),
+                  "type " + (spec.dtype.empty() ? std::string("unknown") : spec.dtype), "float, integers or bool",
+                  "the runtime has no such type", "cast to float32 inside the graph");
     }
   }
   return found;

@@ -27,6 +27,13 @@ void check_external_files(const std::string& graph);
 std::vector<std::string> external_locations(const unsigned char* bytes, std::size_t size);
 std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::size_t size);
 
+// The inputs (without weights) and outputs of a graph, symbols as the file names them; a size without a name gets one of
+// its own.  Throws `EngineError` for a type that the runtime does not have.
+struct GraphTensors {
+  std::vector<TensorSpec> inputs, outputs;
+};
+GraphTensors graph_tensors(const std::string& graph);
+
 // Weights in files beside the graph; those of subgraphs are left to the engine.  Throws `EngineError`.
 std::vector<ExternalTensor> external_tensors(const std::string& graph);
 

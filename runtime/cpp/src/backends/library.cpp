@@ -20,8 +20,10 @@ void* open_library(const std::string& backend, const std::string& named, const s
               "install it, or pass its path as the option `library`");
 }
 
+void* find_symbol(void* library, const char* name) { return ::dlsym(library, name); }
+
 void* library_symbol(void* library, const std::string& backend, const char* name) {
-  void* symbol = ::dlsym(library, name);
+  void* symbol = find_symbol(library, name);
   if (symbol != nullptr) return symbol;
   throw Error(Kind::EngineError, "engine " + repr(backend), "a library without " + std::string(name),
               "a library that has it", "the library is older than this runtime, or another one", "update the library");

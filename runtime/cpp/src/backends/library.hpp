@@ -10,6 +10,9 @@ namespace quantempo::runtime {
 // Tries `named` alone where it is not empty, then the usual names.  Throws `EngineError` with the linker's words.
 void* open_library(const std::string& backend, const std::string& named, const std::vector<std::string>& usual);
 
+// A symbol of a library, or null.
+void* find_symbol(void* library, const char* name);
+
 // A symbol of a library.  Throws `EngineError` where an older library lacks it.
 void* library_symbol(void* library, const std::string& backend, const char* name);
 

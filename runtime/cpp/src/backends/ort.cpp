@@ -12,6 +12,7 @@
 #include "backends.hpp"
 #include "library.hpp"
 #include "ort_api.hpp"
+#include "settings.hpp"
 
 namespace quantempo::runtime {
 
@@ -149,20 +150,10 @@ OrtEngine::OrtEngine(std::shared_ptr<Shared> shared, const std::string& path, co
 
 void OrtEngine::set_options(OptionsHeld& made, const std::string& path, const EngineOptions& options,
                             const std::string& dialect) {
-  std::map<std::string, std::string> settings = {{"optimization", "all"}, {"spinning", "on"}, {"integers", "auto"}};
-  static const std::map<std::string, std::vector<std::string>> legal = {
-      {"optimization", {"all", "extended", "basic", "none"}},
-      {"spinning", {"on", "off"}},
-      {"integers", {"auto", "fast", "precise"}}};
-  for (const auto& [key, value] : options.settings) {
-    const auto known = legal.find(key);
-    const auto words = known == legal.end() ? std::vector<std::string>{"optimization", "spinning", "integers"} : known->second;
-    if (known == legal.end() || std::find(words.begin(), words.end(), value) == words.end()) {
-      throw Error(Kind::EngineError, name + ": settings", key + "=" + value, "one of " + join(words),
-                  "a setting of another engine, or a misspelling", nearest(known == legal.end() ? key : value, words));
-    }
-    settings[key] = value;
-  }
+  auto settings = checked_settings(name, options.settings,
+                                   {{"optimization", {{"all", "extended", "basic", "none"}}},
+                                    {"spinning", {{"on", "off"}}},
+                                    {"integers", {{"auto", "fast", "precise"}}}});
   const auto notice = [&](const char* kind, const std::string& text) {
     if (options.notice) options.notice(kind, text);
   };

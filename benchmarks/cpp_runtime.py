@@ -1,0 +1,167 @@
+"""The C++ runtime beside Python: the same bits? And what does it cost in time and memory?
+
+    python benchmarks/cpp_runtime.py BUNDLE... [--json FILE] [--only identity|cost]
+
+Each BUNDLE was compiled with feature caching and has its float twin in `reference/`, as the demo models by
+
+    quantempo compile quantempo/demo/dit -o build/dit --cache every:2
+    quantempo compile tests/models/unet/unet --scheduler tests/models/unet/scheduler -o build/unet --cache every:2
+
+*Identity*: latents bit for bit and the PNG's bytes, over engines, precisions, schedulers, with feature caching (every
+second call of the program reuses) and without.  *Cost*, on ONNX Runtime with one thread (run it on an idle machine):
+microseconds a call of the loop outside the engine, resident memory beside a C program that opens and runs the same
+graph, seconds from opening to the first latents on warm files, bytes of the stripped library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.cpp_library import Sampler, call, configure_and_build, engine_library  # noqa: E402
+
+import quantempo  # noqa: E402
+from quantempo.contracts.codec import canonical_json  # noqa: E402
+from quantempo.contracts.program import StepProgram  # noqa: E402
+from quantempo.runtime.bundle import read_bundle  # noqa: E402
+from quantempo.runtime.images import grid, save  # noqa: E402
+from quantempo.runtime.session import Session  # noqa: E402
+from quantempo.stages.model import trace_scheduler  # noqa: E402
+
+SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler")
+STEPS = 20
+LABELS = (1, 2, 7)
+RUNS = 30
+
+
+def program_for(bundle: Path, scheduler: str, cached: bool, folder: Path) -> StepProgram:
+    """Another scheduler's program; `cached` lets every second call reuse what the one before it computed."""
+    stock = json.loads((bundle / "scheduler_config.json").read_text())
+    (folder / "scheduler_config.json").write_text(json.dumps({**stock, "_class_name": scheduler}))
+    program = trace_scheduler(folder, STEPS)
+    if not cached:
+        return program
+    index = read_bundle(bundle).manifest.cache
+    assert index is not None
+    stored = json.loads((bundle / index.programs[str(STEPS)]).read_text())
+    reuse = next(c for c in stored["calls"] if c.get("graph", "full") != "full")
+    again = {"graph": reuse["graph"], "vectors": reuse.get("vectors", {})}
+    return replace(program, calls=tuple(replace(c, **again) if i % 2 else c for i, c in enumerate(program.calls)))
+
+
+def same_bits(
+    sampler: Sampler, bundle: Path, session: Session, scheduler: str, cached: bool, folder: Path
+) -> dict[str, bool]:
+    """Whether both runtimes agree on three samples."""
+    given: dict[str, Any] = {"feature_cache": "plan" if cached else "none"}
+    words: list[object] = ["--cache", given["feature_cache"]]
+    if scheduler != session.manifest.programs.scheduler:
+        program = program_for(bundle, scheduler, cached, folder)
+        (folder / "program.json").write_text(canonical_json(program))
+        given = {"program": program}
+        words = ["--program", folder / "program.json"]
+    else:
+        given["num_inference_steps"] = STEPS
+        words += ["--steps", STEPS]
+    out = folder / "out.png"
+    labels = [word for label in LABELS for word in ("--class", label)]
+    shape = session.manifest.denoiser.latents_shape
+    found = sampler.latents(bundle, shape, folder, *labels, "--seed", 5, "--guidance", 3, "-o", out, *words)
+    wanted = session(list(LABELS), seed=5, guidance_scale=3.0, **given)
+    save(grid(list(wanted.images), columns=1), folder / "python.png")
+    return {
+        "latents": found.tobytes() == wanted.latents.tobytes() and bool(np.isfinite(found).all()),
+        "png": out.read_bytes() == (folder / "python.png").read_bytes(),
+        "reused": cached and wanted.timings.reused > 0,
+    }
+
+
+def identity(build: Path, bundles: list[Path]) -> dict[str, dict[str, bool]]:
+    """The whole matrix."""
+    results = {}
+    for engine in ("ort", "openvino"):
+        sampler = Sampler(build, engine_library(engine), engine)
+        for bundle in bundles:
+            for precision, root in (("int8", bundle), ("float", bundle / "reference")):
+                with quantempo.load(root, engine=engine, threads=1) as session:
+                    for scheduler in SCHEDULERS:
+                        for cached in (False, True) if session.manifest.cache else (False,):
+                            name = f"{engine} {bundle.name} {precision} {scheduler} {'cached' if cached else 'plain'}"
+                            with tempfile.TemporaryDirectory() as folder:
+                                results[name] = same_bits(sampler, root, session, scheduler, cached, Path(folder))
+                            print(name, results[name], flush=True)
+    return results
+
+
+def cost(build: Path, bundle: Path) -> dict[str, float]:
+    """Time and memory of one bundle."""
+    library = engine_library("ort")
+    manifest = read_bundle(bundle).manifest
+    dialect = "float" if manifest.precision == "float32" else "ort"
+    graphs = {entry.variant: entry.file for entry in manifest.graphs.values() if entry.dialect == dialect}
+    shape = manifest.denoiser.latents_shape
+    said = [line.split() for line in call(build / "quantempo-footprint", bundle, library, 1, STEPS, RUNS).splitlines()]
+    calls = [float(words[1]) for words in said if words[0] == "call"]
+    ours = said[-1]
+    bare = call(build / "quantempo-bare", bundle / graphs["full"], library, *shape, 2, RUNS).split()
+    opened = [call(build / "quantempo-footprint", bundle, library, 1, 1, 1).splitlines() for _ in range(5)]
+    return {
+        "loop_us_per_call": round(1e6 * statistics.median(calls[1:]), 1),
+        "worst_loop_us_per_call": round(1e6 * max(calls[1:]), 1),
+        "resident_mb": round(int(ours[1]) / 1024, 1), "bare_resident_mb": round(int(bare[1]) / 1024, 1),
+        "anonymous_mb": round(int(ours[3]) / 1024, 1), "bare_anonymous_mb": round(int(bare[3]) / 1024, 1),
+        "open_seconds": statistics.median(float(lines[0].split()[1]) for lines in opened),
+        "first_latents_seconds": statistics.median(float(lines[1].split()[1]) for lines in opened),
+    }
+
+
+def stripped_bytes(build: Path) -> int:
+    """Size of the library without symbols."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["strip", "-o", f"{folder}/lib", str(build / "libquantempo.so")], check=True)
+        return (Path(folder) / "lib").stat().st_size
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def main() -> None:
+    """Measure and print; figures that are not asked for are kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=("identity", "cost"))
+    arguments = parser.parse_args()
+    build = configure_and_build(ROOT / "build" / "cpp", "-DQUANTEMPO_TESTS=ON")
+    file: Path | None = arguments.json
+    results: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    if arguments.only != "cost":
+        results["identity"] = identity(build, arguments.bundles)
+    if arguments.only != "identity":
+        results |= {"processor": processor(), "stripped_bytes": stripped_bytes(build)}
+        results["cost"] = {
+            f"{bundle.name}, {precision}": cost(build, root)
+            for bundle in arguments.bundles for precision, root in (("int8", bundle), ("float", bundle / "reference"))
+        }
+        print(json.dumps(results["cost"], indent=2))
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
