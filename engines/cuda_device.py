@@ -95,6 +95,10 @@ class CudaDevice:
         """A new stream that does not wait for the default one."""
         return int(self.check(self._runtime.cudaStreamCreateWithFlags(self._runtime.cudaStreamNonBlocking)))
 
+    def destroy_stream(self, stream: int) -> None:
+        """Free a stream; what is queued in it is still done."""
+        self.check(self._runtime.cudaStreamDestroy(stream))
+
     def wait(self, stream: int) -> None:
         """Wait until everything in a stream is done."""
         self.check(self._runtime.cudaStreamSynchronize(stream))

@@ -138,7 +138,7 @@ def build_here(job: BuildJob) -> Built:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         found = [ParserError(e.desc(), _call(e, "node_name"), _call(e, "node_operator")) for e in errors]
         raise parser_refusal(where, found, read_graph(graph))
-    config = _config(trt, builder, job, where)
+    config = _config(trt, builder, job, where, log)
     inputs = read_graph(graph).inputs
     for profile in job.profiles:
         made = builder.create_optimization_profile()
@@ -197,7 +197,7 @@ def _builder(trt: Any, log: Any, where: str) -> Any:
         raise build_failure(where, [*lines, "no CUDA-capable device"], Tactics(), memory="", capability="") from error
 
 
-def _config(trt: Any, builder: Any, job: BuildJob, where: str) -> Any:
+def _config(trt: Any, builder: Any, job: BuildJob, where: str, log: Any) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if job.library == "tensorrt_rtx":
@@ -208,7 +208,8 @@ def _config(trt: Any, builder: Any, job: BuildJob, where: str) -> Any:
                 cause="TensorRT for RTX has no kernels for this GPU", remedy="use TensorRT on this device",
             )
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
+            raise build_failure(where, log.errors, Tactics(), memory="", capability=job.capability)
     for flag in _flags(job):
         if flag in trt.BuilderFlag.__members__:
             config.set_flag(getattr(trt.BuilderFlag, flag))

@@ -56,6 +56,9 @@ class Device(Protocol):
     def stream(self) -> int:
         """A new stream."""
 
+    def destroy_stream(self, stream: int) -> None:
+        """Free a stream."""
+
     def wait(self, stream: int) -> None:
         """Wait for a stream."""
 
@@ -147,6 +150,7 @@ class TrtEngine(HostEngine):
         self._computes = settings["registers"] == "device"
         self.profiles: tuple[Profile, ...] = record.plans[name].profiles
         self.stream = device.stream()
+        self._trt, self._runtime_cache = trt, None
         self._errors: list[str] = []
         self._runtime = trt.Runtime(_logger(trt, self._errors))
         self.plan: Any = self._runtime.deserialize_cuda_engine(plan)
@@ -163,10 +167,35 @@ class TrtEngine(HostEngine):
 
     def _failed(self, wanted: str) -> EngineError:
         said = " ".join((self._errors[-1] if self._errors else "nothing").split())
+        room = "memory" in said.lower()
         return EngineError(
             self.name, found=f"a refusal: {said}", wanted=wanted,
-            cause="the plan is for another device or library version", remedy="run `quantempo build` on this device",
+            cause="the device has too little free memory" if room
+            else "the plan is for another device or library version",
+            remedy="close what else uses the device, or run a smaller batch" if room
+            else "run `quantempo build` on this device",
         )
+
+    def context(self) -> Any:
+        """A new execution context.
+
+        TensorRT for RTX compiles kernels for the shapes of a context while it runs.  By default it does so in the
+        background and runs general kernels meanwhile, and a CUDA graph that is captured then would keep those for good.
+        Shapes are fixed here, so kernels are compiled at once, and one cache of them serves all contexts.
+        """
+        kinds = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kinds is None:
+            made = self.plan.create_execution_context()
+        else:
+            config = self.plan.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+            if self._runtime_cache is None:
+                self._runtime_cache = config.create_runtime_cache()
+            config.set_runtime_cache(self._runtime_cache)
+            made = self.plan.create_execution_context(config)
+        if made is None:
+            raise self._failed("memory for an execution context")
+        return made
 
     def bind(self, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None = None) -> TrtBinding:
         """See `quantempo.contracts.engine.Engine.bind`; sizes outside the profiles are refused."""
@@ -180,6 +209,11 @@ class TrtEngine(HostEngine):
 
     def _release(self) -> None:
         self.plan = None
+
+    def __del__(self) -> None:
+        # Bindings and buffers hold the engine, so nothing is queued in the stream any more.
+        if hasattr(self, "stream"):
+            self.device.destroy_stream(self.stream)
 
 
 def _logger(trt: Any, errors: list[str]) -> Any:
@@ -238,27 +272,34 @@ class TrtBinding:
         self, engine: TrtEngine, sizes: Mapping[str, int], profile: int, share: Mapping[str, Buffer] | None
     ) -> None:
         self._engine = engine
-        self._context = engine.plan.create_execution_context()
-        if self._context is None:
-            raise engine._failed("memory for an execution context")
-        self._context.set_optimization_profile_async(profile, engine.stream)
+        self._context = engine.context()
+        self._set(self._context.set_optimization_profile_async(profile, engine.stream), f"profile {profile}")
         inputs = {
             name: _buffer(engine, spec, spec.resolve(dict(sizes)), share) for name, spec in engine.inputs.items()
         }
         for name, buffer in inputs.items():
-            self._context.set_input_shape(name, buffer.shape)
+            self._set(self._context.set_input_shape(name, buffer.shape), f"input {name!r} of {shown(buffer.shape)}")
         # An output may have a size that no input names; the engine knows it once its inputs are set.
         outputs = {
-            name: _buffer(engine, spec, tuple(self._context.get_tensor_shape(name)), share)
-            for name, spec in engine.outputs.items()
+            name: _buffer(engine, spec, self._output_shape(name), share) for name, spec in engine.outputs.items()
         }
         for name, buffer in (*inputs.items(), *outputs.items()):
-            self._context.set_tensor_address(name, buffer.address)
+            self._set(self._context.set_tensor_address(name, buffer.address), f"memory for {name!r}")
         self.inputs: Mapping[str, Buffer] = dict(inputs)
         self.outputs: Mapping[str, Buffer] = dict(outputs)
         self._graph: Any = None
         self._runs = 0
         engine.device.wait(engine.stream)
+
+    def _set(self, done: bool, wanted: str) -> None:
+        """Every setter says whether it did."""
+        if not done:
+            raise self._engine._failed(wanted)
+
+    def _output_shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(self._context.get_tensor_shape(name))
+        self._set(min(shape, default=0) >= 0, f"a size for every dimension of {name!r}, not {shown(shape)}")
+        return shape
 
     def run(self) -> None:
         """Evaluate once; returns when the outputs are readable."""
@@ -269,13 +310,18 @@ class TrtBinding:
     def queue(self) -> None:
         """Evaluate once without waiting, in the engine's stream."""
         device, stream = self._engine.device, self._engine.stream
-        if self._runs == 1 and self._engine.capture:
+        if self._runs == 1 and self._engine.capture and self._capturable():
             self._graph = device.capture(stream, self._enqueue)
         self._runs += 1
         if self._graph is not None:
             device.launch_graph(self._graph, stream)
         else:
             self._enqueue()
+
+    def _capturable(self) -> bool:
+        """TensorRT for RTX knows whether a capture would hold everything that a call does; TensorRT's calls do."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._engine.stream))
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._engine.stream):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,8 +22,9 @@ needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensor
 needs_cuda = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
 CLASSES = {
     "builder": "Builder", "parser": ("OnnxParser", "OnnxParserRefitter"),
-    "config": "IBuilderConfig", "made": "IOptimizationProfile", "engine": "ICudaEngine", "refitter": "Refitter",
-    r"self\._context": "IExecutionContext", r"self\._runtime": "Runtime", r"engine\.plan": "ICudaEngine",
+    "config": ("IBuilderConfig", "IRuntimeConfig"), "made": "IOptimizationProfile", "engine": "ICudaEngine",
+    "refitter": "Refitter",
+    r"self\._context": "IExecutionContext", r"self\._runtime": "Runtime", r"self\.plan": "ICudaEngine",
 }
 
 
@@ -38,7 +41,8 @@ def test_methods_exist_in_the_real_bindings(holder: str) -> None:
     classes = [getattr(trt, kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds)]
     names = used(("tensorrt.py", "trt_engine.py"), holder)
     # `engine` is the library's in one file and ours in the other, `plan` a path of ours as well.
-    ours = {"device", "stream", "plan", "inputs", "outputs", "name", "profiles", "capture", "_failed", "_check_open"}
+    ours = {"device", "stream", "plan", "inputs", "outputs", "name", "profiles", "capture", "context", "_failed"}
+    ours.add("_check_open")
     assert names, f"nothing uses {holder}"
     assert not {n for n in names - ours if not any(hasattr(kind, n) for kind in classes)}
 
@@ -58,6 +62,58 @@ def test_cuda_names_exist(holder: str, module: str) -> None:
     names = used(("cuda_device.py",), holder)
     assert names
     assert not {name for name in names if not hasattr(import_module(f"cuda.bindings.{module}"), name)}
+
+
+def calls(files: tuple[str, ...], holder: str) -> list[tuple[str, int, frozenset[str]]]:
+    """Calls of a variable's methods: name, positional arguments, names of the others."""
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse((ENGINES / file).read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if re.fullmatch(holder, ast.unparse(node.func.value)):
+                keywords = frozenset(str(keyword.arg) for keyword in node.keywords)
+                found.append((node.func.attr, len(node.args), keywords))
+    return found
+
+
+def signatures(method: object) -> list[tuple[int, int, frozenset[str]]]:
+    """Fewest and most arguments, and their names, of each overload, as pybind11 writes them into a docstring."""
+    found = []
+    for parameters in re.findall(r"^(?:\d+\. )?\w+\(self: ?[\w.]+(.*)\) ->", str(getattr(method, "__doc__", "")), re.M):
+        names = re.findall(r"(?:^|, )(\w+): ", parameters)
+        optional = len(re.findall(r" = ", parameters))
+        found.append((len(names) - optional, len(names), frozenset(names)))
+    return found
+
+
+@needs_rtx
+@pytest.mark.parametrize("holder", CLASSES)
+def test_methods_are_called_with_the_arguments_that_the_bindings_take(holder: str) -> None:
+    trt = import_module("tensorrt_rtx")
+    kinds = CLASSES[holder]
+    classes = [getattr(trt, kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds)]
+    checked = 0
+    for name, count, keywords in calls(("tensorrt.py", "trt_engine.py"), holder):
+        for kind in classes:
+            overloads = signatures(getattr(kind, name, None))
+            if overloads:
+                fits = [low <= count + len(keywords) <= high and keywords <= names for low, high, names in overloads]
+                assert any(fits), f"{kind.__name__}.{name} with {count} arguments and {set(keywords)}: {overloads}"
+                checked += 1
+    assert checked
+
+
+@needs_cuda
+@pytest.mark.parametrize(("holder", "module"), [(r"self\._runtime", "runtime"), (r"self\._driver", "driver"),
+                                                ("runtime", "runtime"), ("nvrtc", "nvrtc")])  # fmt: skip
+def test_cuda_functions_are_called_with_their_arguments(holder: str, module: str) -> None:
+    found = calls(("cuda_device.py",), holder)
+    assert found
+    for name, count, keywords in found:
+        function = getattr(import_module(f"cuda.bindings.{module}"), name)
+        parameters = inspect.signature(function).parameters
+        assert (count, keywords) == (len(parameters), frozenset()), f"{name}({', '.join(parameters)})"
 
 
 def job_of(library: tensorrt.Library = "tensorrt_rtx", **changes: object) -> BuildJob:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,6 +118,51 @@ def test_the_second_call_is_captured_and_later_ones_are_launched(bundle: Path) -
     plain.run()
     plain.run()
     assert "capture" not in device.log[5:]
+
+
+def test_kernels_are_compiled_for_the_fixed_shapes_before_a_graph_keeps_them(bundle: Path) -> None:
+    write(bundle)
+    device = FakeDevice()
+    library = FakeLibrary(device)
+    engine = open_plan(bundle / "graphs" / f"{NAME}.onnx", EngineOptions(), "tensorrt_rtx", library, device)
+    engine.bind({"batch": 1})
+    engine.bind({"batch": 2})
+    one, two = library.configs
+    assert one is not None
+    assert two is not None
+    assert one.dynamic_shapes_kernel_specialization_strategy == "eager"
+    assert one.cache is two.cache is not None, "what is compiled once serves every binding"
+    plain = FakeLibrary(device, rtx=False)
+    open_plan(bundle / "graphs" / f"{NAME}.onnx", EngineOptions(), "tensorrt_rtx", plain, device).bind({"batch": 1})
+    assert plain.configs == [None], "TensorRT compiled everything when the plan was built"
+
+
+def test_a_context_that_cannot_be_captured_runs_uncaptured(bundle: Path) -> None:
+    write(bundle)
+    device = FakeDevice()
+    library = FakeLibrary(device, refuses=("capture",))
+    engine = open_plan(bundle / "graphs" / f"{NAME}.onnx", EngineOptions(), "tensorrt_rtx", library, device)
+    for _ in range(3):
+        np.testing.assert_array_equal(engine.run(feeds())["prediction"], feeds()["sample"] * 2 + 3)
+    assert device.log == []
+    del engine
+    gc.collect()
+    assert device.log == ["destroy stream"]
+    assert device.memory == {}
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("context", "memory for an execution context"), ("profile", "profile 0"), ("address", "memory for 'sample'"),
+     ("shape", "input 'sample' of (2, 64, 64)"), ("output", "a size for every dimension of 'prediction', not (-1, 4)")],
+)  # fmt: skip
+def test_what_the_library_does_not_take_is_an_error_at_once(bundle: Path, what: str, words: str) -> None:
+    write(bundle)
+    device = FakeDevice()
+    library = FakeLibrary(device, refuses=(what,))
+    engine = open_plan(bundle / "graphs" / f"{NAME}.onnx", EngineOptions(), "tensorrt_rtx", library, device)
+    with pytest.raises(EngineError, match=re.escape(f"wanted {words}")):
+        engine.bind({"batch": 2})
 
 
 def test_shared_buffers_are_the_same_device_memory(bundle: Path) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,10 @@ class FakeDevice:
 
     def stream(self) -> int:
         return 7
+
+    def destroy_stream(self, stream: int) -> None:
+        assert stream == 7
+        self.log.append("destroy stream")
 
     def wait(self, stream: int) -> None:
         assert stream == 7
@@ -96,10 +101,13 @@ TYPES = {"sample": "float32", "timestep": "float32", "scale_group": "int64", "cl
 
 
 class _Context:
-    """Computes `prediction = sample * factor + scale_group`, or what it is given to compute."""
+    """Computes `prediction = sample * factor + scale_group`, or what it is given to compute.
 
-    def __init__(self, device: FakeDevice, factor: float, compute: Compute | None) -> None:
-        self.device, self.factor, self.compute = device, factor, compute
+    `refuses` names what fails.
+    """
+
+    def __init__(self, device: FakeDevice, factor: float, compute: Compute | None, refuses: Collection[str]) -> None:
+        self.device, self.factor, self.compute, self.refuses = device, factor, compute, refuses
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.profile: int | None = None
@@ -107,18 +115,21 @@ class _Context:
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = index
-        return True
+        return "profile" not in self.refuses
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
-        return True
+        return "shape" not in self.refuses
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes["sample"]
+        return (-1, 4) if "output" in self.refuses else self.shapes["sample"]
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return "capture" not in self.refuses
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return True
+        return "address" not in self.refuses
 
     def execute_async_v3(self, stream: int) -> bool:
         self.device.wait(stream)
@@ -129,20 +140,47 @@ class _Context:
         return self.factor != 0
 
 
-class _Plan:
-    def __init__(self, device: FakeDevice, factor: float, compute: Compute | None) -> None:
-        self.device, self.factor, self.compute = device, factor, compute
+class RuntimeConfig:
+    """What TensorRT for RTX takes when a context is made."""
 
-    def create_execution_context(self) -> _Context:
-        return _Context(self.device, self.factor, self.compute)
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+    cache: object = None
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        self.cache = cache
+        return True
+
+
+class _Plan:
+    def __init__(
+        self, device: FakeDevice, factor: float, compute: Compute | None, library: FakeLibrary
+    ) -> None:
+        self.device, self.factor, self.compute, self.library = device, factor, compute, library
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: RuntimeConfig | None = None) -> _Context | None:
+        self.library.configs.append(config)
+        refuses = self.library.refuses
+        return None if "context" in refuses else _Context(self.device, self.factor, self.compute, refuses)
 
 
 class FakeLibrary:
-    """What `trt_engine` uses of the module `tensorrt`."""
+    """What `trt_engine` uses of the module `tensorrt_rtx`, or, without `rtx`, of `tensorrt`."""
 
-    def __init__(self, device: FakeDevice, version: str = "1.7.1.116", compute: Compute | None = None) -> None:
-        self.__version__ = version
+    def __init__(
+        self, device: FakeDevice, version: str = "1.7.1.116", compute: Compute | None = None,
+        refuses: Collection[str] = (), rtx: bool = True,
+    ) -> None:
+        self.__version__, self.refuses = version, refuses
         self.refitted: list[str] = []
+        self.configs: list[RuntimeConfig | None] = []
+        if rtx:
+            self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager")
         library = self
 
         class ILogger:
@@ -157,7 +195,7 @@ class FakeLibrary:
                 if not data.startswith(b"{"):
                     self.logger.log("error", "magic tag does not match")
                     return None
-                return _Plan(device, float(json.loads(data)["factor"]), compute)
+                return _Plan(device, float(json.loads(data)["factor"]), compute, library)
 
         class Refitter:
             def __init__(self, plan: _Plan, logger: Any) -> None:
