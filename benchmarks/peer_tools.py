@@ -296,9 +296,10 @@ def run(command: Sequence[str]) -> None:
     """Run a tool in its own environment.
 
     Raises:
-        ToolFailed: with the last line that it printed.
+        ToolFailed: with the last error that it printed.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise ToolFailed(lines[-1] if lines else f"exit code {done.returncode}")
+        errors = [line for line in lines if "Error" in line] or lines[-1:]
+        raise ToolFailed(f"exit code {done.returncode}" + (f": {errors[-1]}" if errors else ""))
