@@ -20,7 +20,10 @@ _NO_ROOM = re.compile(
 )
 _NO_TYPE = re.compile(r"HW-specific datatypes?: *([\w, ]+)")
 _TURING = re.compile(r"Cannot compile operation '([^']*)' for Turing \(SM75\): (.*?)(?:\.|$|;|\])")
-_NO_DRIVER = re.compile(r"CHECK\(status == CUDA_SUCCESS\)|no CUDA-capable device|CUDA initialization failure|driver")
+_NO_DRIVER = re.compile(
+    r"CHECK\(status == CUDA_SUCCESS\)|no CUDA-capable device|CUDA initialization failure|driver|"
+    r"Error Code 1: Cuda Runtime|graph_jit"
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def build_failure(where: str, lines: Sequence[str], tactics: Tactics, *, memory:
         return EngineError(
             where, found=f"no usable GPU: {said}", wanted="a GPU and its driver",
             cause="this kind of build runs code on the device (TensorRT times kernels, and stripping weights compiles "
-            "what refits them); TensorRT-RTX builds without a device otherwise",
+            "what refits them); TensorRT-RTX builds without a device otherwise, from version 1.5 on",
             remedy="build on the device, or use --weights bundle, which needs no GPU",
         )
     return EngineError(

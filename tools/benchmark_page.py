@@ -123,6 +123,17 @@ def overhead(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def turing(builds: dict[str, Any]) -> str:
+    """How many sites the graphs for Turing quantize."""
+    counts = []
+    for name, entry in builds.items():
+        model, graph, capability = name.split("/")
+        if (graph, capability) == ("int8-f16", "sm75") and "sites" in entry:
+            whole = builds[f"{model}/{graph}/sm89"]["sites"]
+            counts.append(f"{entry['sites']} of {whole} sites of {model} ({entry['products']} products)")
+    return f"{', '.join(counts)} run on INT8 there." if counts else "not built yet."
+
+
 def engines(results: dict[str, Any]) -> str:
     """Engines of TensorRT for RTX: what builds for which device, how fast, how large, of how many kernels."""
     builds = results["builds"]
@@ -131,8 +142,7 @@ def engines(results: dict[str, Any]) -> str:
         "python benchmarks/rtx_builds.py --json docs/tensorrt.json", "```", "",
         "Seconds and MB over the capabilities that build; kernels and products (GEMMs and convolutions) at capability",
         "8.9; *packed* is the plan with its weights taken from the bundle, bit for bit.  No figure here is a run time.",
-        "The gate refuses UNets for 7.5 (Turing): TensorRT for RTX has no INT8 convolutions there and computes them in",
-        "half, on weights that it dequantizes at every call; all other products run on INT8.", "",
+        "INT8 graphs for 7.5 (Turing, without INT8 convolutions) are of the dialect `unfold`: " + turing(builds), "",
         "| model | graph | capabilities | refused | build, s | plan, MB | packed | kernels | products | fusion gate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -66,10 +66,16 @@ def test_a_number_format_that_the_gpu_lacks_is_named() -> None:
     assert "FP8 needs capability 8.9" in error.cause
 
 
-def test_a_missing_device_points_to_what_works_without_one() -> None:
-    error = build_failure("full", ["graph_jit.cpp: CHECK(status == CUDA_SUCCESS) failed"], Tactics(), memory="",
-                          capability="8.9")  # fmt: skip
+@pytest.mark.parametrize(
+    "said",
+    ["graph_jit.cpp: CHECK(status == CUDA_SUCCESS) failed",
+     # TensorRT for RTX 1.4, which builds on a device alone.
+     "[checkMacros.cpp::catchCudaError::229] Error Code 1: Cuda Runtime (In catchCudaError)"],
+)  # fmt: skip
+def test_a_missing_device_points_to_what_works_without_one(said: str) -> None:
+    error = build_failure("full", [said], Tactics(), memory="", capability="8.9")
     assert "no usable GPU" in error.found
+    assert "from version 1.5 on" in error.cause
     assert "--weights bundle" in error.remedy
 
 

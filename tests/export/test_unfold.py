@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,33 @@ def test_a_plan_may_say_what_a_dialect_keeps() -> None:
     check_plan(replace(plan, dialects={"unfold": {first: Keep("because")}}), model, "plan p")
     with pytest.raises(PlanError, match=r"plan p: dialects\.unfold: found a decision for 'c', which is not there"):
         check_plan(replace(plan, dialects={"unfold": {"c": Keep("because")}}), model, "plan p")
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (extra tensorrt-rtx)")
+def test_turing_multiplies_integers(tmp_path: Path) -> None:
+    """The same two convolutions, as they are and unfolded, in float16 and with a free batch."""
+    from quantempo.engines import gate, trt_process
+    from quantempo.engines.onnx_reader import read_graph
+    from quantempo.engines.targets import target
+    from quantempo.engines.tensorrt import BuildJob
+    from quantempo.engines.trt_profiles import parse_profile
+
+    maker = GraphMaker({"p": ("batch", 64, 16, 16)})
+    x = maker.conv(maker.inputs["p"], 64, NARROW, "a")
+    x = maker.op("Mul", [x, maker.op("Sigmoid", [x], "sigmoid")], "silu")
+    parts = [maker.conv(x, NARROW, NARROW, name, stride=2, size=size) for name, size in (("b", 3), ("c", 1))]
+    model, plan = maker.model(maker.op("Add", parts, "sum")), maker.plan()
+    rng = np.random.default_rng(0)
+    feeds = [{"p": (rng.standard_normal((2, 64, 16, 16)) * s).astype(np.float32)} for s in (1, 2)]
+    before, after = unfolded(model, plan, min_max_table(model, plan, feeds))
+    found = {}
+    for name, graph in (("before", before), ("after", after)):
+        to_half(graph, "float16", {})
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / f"{write_graphs(tmp_path / name, {name: graph})[name].file}"
+        job = BuildJob("tensorrt_rtx", str(path), str(tmp_path / "plan"), "7.5", (parse_profile("batch=1:2:8"),))
+        trt_process.build(job)
+        found[name] = gate.check_rtx((tmp_path / "plan").read_bytes(), read_graph(path), target("rtx-turing"))
+    assert found["before"].formats == {}, "if this fails, the library has INT8 convolutions now: drop the dialect"
+    assert found["after"].breaches == ()
+    assert found["after"].formats == {"int8": 3}

@@ -253,6 +253,21 @@ def test_bad_requests_are_refused_before_the_builder_starts(bundle: Path, monkey
         build_bundle(bundle, BuildOptions("rtx-ada"))
 
 
+@pytest.mark.parametrize(
+    ("name", "installed", "words"),
+    [("orin-jp6", "10.16.1", r"found tensorrt 10\.16\.1, wanted tensorrt from 10\.3 to below 10\.14"),
+     ("ada", "10.12.0", r"from 10\.13 to below 12"), ("thor", "12.0.1", r"pip install 'tensorrt>=10\.13,<12'"),
+     ("rtx-spark", "2.0", r"pip install 'tensorrt-rtx>=1\.4,<2'")],
+)  # fmt: skip
+@pytest.mark.usefixtures("no_builder")
+def test_a_library_outside_the_range_is_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, installed: str, words: str
+) -> None:
+    monkeypatch.setattr(building, "version", lambda library: installed)
+    with pytest.raises(EngineError, match=words):
+        build_bundle(bundle, BuildOptions(name, graphs="portable-f16"))
+
+
 def test_a_graph_that_check_refuses_is_not_built(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> tuple[object, ...]:
         from quantempo.engines.check import Finding
