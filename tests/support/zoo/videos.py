@@ -88,7 +88,8 @@ def helios(draw: Draw) -> Inputs:
         **video(draw, frames=2), "indices_hidden_states": draw.repeat(7.0, 8.0),
         "indices_latents_history_short": draw.repeat(6.0), "indices_latents_history_mid": draw.repeat(5.0),
         "indices_latents_history_long": draw.repeat(1.0, 2.0, 3.0, 4.0),
-        "latents_history_short": draw.normal(4, 1, 8, 8), "latents_history_mid": draw.normal(4, 1, 8, 8), "latents_history_long": draw.normal(4, 4, 8, 8),
+        "latents_history_short": draw.normal(4, 1, 8, 8), "latents_history_mid": draw.normal(4, 1, 8, 8),
+        "latents_history_long": draw.normal(4, 4, 8, 8),
     }
 
 

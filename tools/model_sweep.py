@@ -1,0 +1,175 @@
+"""Takes a tiny model of every denoiser class of the installed diffusers to INT8 on ONNX Runtime and OpenVINO.
+
+Each class runs in a process of its own, so that a crash or an endless loop is a finding and not the end.  Writes
+docs/models.json and docs/models.md (the page made from it):
+
+    python tools/model_sweep.py                  # all of them: 10 to 20 s a class on one core
+    python tools/model_sweep.py --resume         # those that are not in docs/models.json yet
+    python tools/model_sweep.py Flux UNet2DModel # classes with these words, printed, nothing written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+TIMEOUT = 240
+LIBRARIES = ("diffusers", "torch", "onnx", "onnxscript", "onnxruntime", "openvino")
+FIELDS = (
+    "status", "stage", "float_error", "sqnr_db", "groups", "quantized", "kept", "cache", "cause", "seconds",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="classes whose names hold one of these; all without")
+    parser.add_argument("--json", type=Path, default=None, help="write here (default: docs/models.json for all)")
+    parser.add_argument("--resume", action="store_true", help="keep what the file already holds")
+    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds per class")
+    options = parser.parse_args(arguments)
+    from support.zoo import ZOO
+
+    names = [n for n in sorted(ZOO) if not options.words or any(word in n for word in options.words)]
+    path = options.json or (None if options.words else ROOT / "docs" / "models.json")
+    found: dict[str, Any] = {}
+    if options.resume and path is not None and path.exists():
+        found = json.loads(path.read_text())["classes"]
+    prepare()
+    for name in names:
+        if name in found:
+            continue
+        found[name] = in_process(name, options.timeout)
+        print(line(name, found[name]), flush=True)
+        if path is not None:
+            write(path, found)
+    print(", ".join(f"{n} {status}" for status, n in sorted(Counter(f["status"] for f in found.values()).items())))
+    return 0
+
+
+def prepare() -> None:
+    """Import everything and start the exporter once; the processes are forks of this one."""
+    import logging
+    import warnings
+
+    import diffusers.models.transformers
+    import diffusers.models.unets
+    import onnxruntime
+    import openvino
+    import torch
+    from support.zoo.measure import warm_up
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    torch.set_num_threads(1)
+    for package in (diffusers.models.transformers, diffusers.models.unets):
+        for name in dir(package):
+            getattr(package, name)
+    warm_up()
+    assert onnxruntime is not None
+    assert openvino is not None
+
+
+def child(name: str, answer: Connection) -> None:
+    """Measure one class in this process."""
+    from support.zoo import ZOO
+    from support.zoo.measure import measure
+
+    with tempfile.TemporaryDirectory() as folder:
+        answer.send(asdict(measure(ZOO[name], Path(folder))))
+
+
+def in_process(name: str, timeout: int) -> dict[str, Any]:
+    """Measure one class in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(name, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            return {**blank(), "cause": f"longer than {timeout} s"}
+        data = ours.recv()
+    except EOFError:
+        process.join()
+        return {**blank(), "cause": f"the process ended with {process.exitcode}"}
+    finally:
+        if process.is_alive():
+            process.join(5)
+            process.kill()
+        process.join()
+    return {field: data[field] for field in FIELDS}
+
+
+def blank() -> dict[str, Any]:
+    """A class of which nothing is known."""
+    return {
+        "status": "refused", "stage": "process", "float_error": None, "sqnr_db": {}, "groups": 0, "quantized": 0,
+        "kept": 0, "cache": "", "cause": "", "seconds": 0.0,
+    }
+
+
+def line(name: str, finding: dict[str, Any]) -> str:
+    """A finding in one line."""
+    error = "" if finding["float_error"] is None else f" float {finding['float_error']:.1e}"
+    ratios = "".join(f" {engine} {value} dB" for engine, value in finding["sqnr_db"].items())
+    sites = f" sites {finding['quantized']}+{finding['kept']}"
+    cause = f" [{finding['stage']}] {finding['cause']}" if finding["cause"] else ""
+    return f"{name} {finding['status']} {finding['seconds']} s{error}{ratios}{sites}{cause}"
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """The file and, beside it, the page."""
+    counts = Counter(finding["status"] for finding in found.values())
+    data = {
+        "libraries": {name: version(name) for name in LIBRARIES}, "counts": dict(sorted(counts.items())),
+        "classes": {name: found[name] for name in sorted(found)},
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(data))
+
+
+def page(data: dict[str, Any]) -> str:
+    """The table for people."""
+    versions = ", ".join(f"{name} {found}" for name, found in data["libraries"].items())
+    counts = ", ".join(f"{n} {status}" for status, n in data["counts"].items())
+    rows = [row(name, finding) for name, finding in data["classes"].items()]
+    return "\n".join([
+        "# Denoiser classes", "",
+        "Made by `python tools/model_sweep.py`: a tiny model of each denoiser class of diffusers, with random weights,",
+        "is traced, compared with the module on two input sets of different batch sizes, calibrated with two timestep",
+        "groups and lowered to INT8 for ONNX Runtime (dialect `ort`) and OpenVINO (dialect `portable`).",
+        "*Covered*: float error at most 1e-4, both INT8 graphs run, and one call on inputs that calibration has not",
+        "seen reaches at least 20 dB against the module.  *Partial*: the float graph is right, something after it is",
+        "not.",
+        "Tiny random models say that a class works, not how well a trained one can be quantized.", "",
+        f"{counts}.  {versions}.", "",
+        "| class | status | float error | ONNX Runtime, dB | OpenVINO, dB | sites quantized + kept | cache cut | cause |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |", *rows, "",
+    ])  # fmt: skip
+
+
+def row(name: str, finding: dict[str, Any]) -> str:
+    """One class."""
+    error = "" if finding["float_error"] is None else f"{finding['float_error']:.1e}"
+    ratios = [finding["sqnr_db"].get(engine, "") for engine in ("ort", "openvino")]
+    cause = finding["cause"].replace("|", "/")
+    cache = finding["cache"].replace("|", "/")
+    sites = f"{finding['quantized']} + {finding['kept']}"
+    return f"| {name} | {finding['status']} | {error} | {ratios[0]} | {ratios[1]} | {sites} | {cache} | {cause} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
