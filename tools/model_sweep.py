@@ -1,7 +1,7 @@
 """Takes a tiny model of every denoiser class of the installed diffusers to INT8 on ONNX Runtime and OpenVINO.
 
 Each class runs in a process of its own, so that a crash or an endless loop is a finding and not the end.  Writes
-docs/models.json and docs/models.md (the page made from it):
+docs/models.json and docs/model-coverage.md (the page made from it):
 
     python tools/model_sweep.py                  # all of them: 10 to 20 s a class on one core
     python tools/model_sweep.py --resume         # those that are not in docs/models.json yet
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import resource
 import sys
 import tempfile
 from collections import Counter
@@ -26,7 +27,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-TIMEOUT = 240
+TIMEOUT = 150
+PATIENCE = 6
+"""Seconds of waiting per second of processor time: other programs may be using the machine."""
 LIBRARIES = ("diffusers", "torch", "onnx", "onnxscript", "onnxruntime", "openvino")
 FIELDS = (
     "status", "stage", "float_error", "sqnr_db", "groups", "quantized", "kept", "cache", "cause", "seconds",
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help="classes whose names hold one of these; all without")
     parser.add_argument("--json", type=Path, default=None, help="write here (default: docs/models.json for all)")
     parser.add_argument("--resume", action="store_true", help="keep what the file already holds")
-    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds per class")
+    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds of processor time per class")
     options = parser.parse_args(arguments)
     from support.zoo import ZOO
 
@@ -82,11 +85,12 @@ def prepare() -> None:
     assert openvino is not None
 
 
-def child(name: str, answer: Connection) -> None:
+def child(name: str, answer: Connection, seconds: int) -> None:
     """Measure one class in this process."""
     from support.zoo import ZOO
     from support.zoo.measure import measure
 
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with tempfile.TemporaryDirectory() as folder:
         answer.send(asdict(measure(ZOO[name], Path(folder))))
 
@@ -95,12 +99,12 @@ def in_process(name: str, timeout: int) -> dict[str, Any]:
     """Measure one class in a process of its own."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(name, theirs))
+    process = context.Process(target=child, args=(name, theirs, timeout))
     process.start()
     theirs.close()
     try:
-        if not ours.poll(timeout):
-            return {**blank(), "cause": f"longer than {timeout} s"}
+        if not ours.poll(PATIENCE * timeout):
+            return {**blank(), "cause": f"longer than {PATIENCE * timeout} s"}
         data = ours.recv()
     except EOFError:
         process.join()
@@ -138,7 +142,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
         "classes": {name: found[name] for name in sorted(found)},
     }
     path.write_text(json.dumps(data, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(data))
+    path.with_name("model-coverage.md" if path.name == "models.json" else f"{path.stem}.md").write_text(page(data))
 
 
 def page(data: dict[str, Any]) -> str:
@@ -156,7 +160,7 @@ def page(data: dict[str, Any]) -> str:
         "not.",
         "Tiny random models say that a class works, not how well a trained one can be quantized.", "",
         f"{counts}.  {versions}.", "",
-        "| class | status | float error | ONNX Runtime, dB | OpenVINO, dB | sites quantized + kept | cache cut | cause |",
+        "| class | status | float error | ORT, dB | OpenVINO, dB | sites quantized + kept | cache cut | cause |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |", *rows, "",
     ])  # fmt: skip
 

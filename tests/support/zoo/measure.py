@@ -34,9 +34,10 @@ from quantempo.stages.quantizers import scale_table
 Arrays = Mapping[str, NDArray[Any]]
 TIMESTEP = "timestep"
 GROUPS = 2
-SEEDS = (10, 11, 12)
 STEPS = 4
 """Timesteps that calibration sees, two in each group."""
+ROWS = 24
+"""Samples that it sees at each: with fewer, compensated rounding of the weights fits to these very samples."""
 ENGINES = {"ort": "ort-f32", "openvino": "portable-f32"}
 """Engines, and the dialect that each runs."""
 ENOUGH_DB = 20.0
@@ -101,8 +102,7 @@ def _measure(entry: Entry, folder: Path, finding: Finding) -> None:
     plan = default_plan(model, graph.digest, PlanOptions(smallest=1), graph.sites)
     finding.quantized, finding.kept = len(plan.quantized()), len(plan.kept())
     finding.stage = "calibrate"
-    draws = [drawn(entry, module, seed) for seed in SEEDS]
-    table, weights = calibrate(keys_of(family), draws, graph, model, plan)
+    table, weights = calibrate(calibration_calls(entry, module, keys_of(family)), graph, model, plan)
     finding.groups = table.partition.groups
     finding.stage = "lower"
     lowered = lower_graphs(model, plan, table, weights, tuple(ENGINES.values()))
@@ -110,12 +110,13 @@ def _measure(entry: Entry, folder: Path, finding: Finding) -> None:
     reference = torch_reference(module, family)
     calls = held_out(entry, module, family)
     wanted = [next(iter(reference(call).values())) for _, call in calls]
+    given = {spec.name for spec in graph.inputs}
     causes = []
     for engine, dialect in ENGINES.items():
         finding.stage = f"INT8 on {engine}"
         try:
             path = folder / written[f"full.{dialect}"].file
-            feeds = [(table.partition.group_of(key), call) for key, call in calls]
+            feeds = [(table.partition.group_of(key), only(call, given)) for key, call in calls]
             finding.sqnr_db[engine] = round(worst_sqnr(engine, path, feeds, wanted), 1)
         except Exception as error:
             causes.append(f"{finding.stage}: {type(error).__name__}: {first_line(error)}")
@@ -177,11 +178,25 @@ def at_timestep(feeds: Arrays, key: float) -> dict[str, NDArray[Any]]:
     return {**feeds, TIMESTEP: np.full_like(feeds[TIMESTEP], key)}
 
 
-def drawn(entry: Entry, module: nn.Module, seed: int) -> Arrays:
+def only(feeds: Arrays, names: set[str]) -> dict[str, NDArray[Any]]:
+    """The feeds that a graph takes; tracing pins inputs whose contents steer Python."""
+    return {name: array for name, array in feeds.items() if name in names}
+
+
+def drawn(entry: Entry, module: nn.Module, seed: int, batch: int = 0) -> Arrays:
     """Inputs of another seed, as the graph takes them."""
-    first, second = entry.batches
+    first, second = (batch, batch + 1) if batch else entry.batches
     sets = [entry.inputs(Draw(first, seed)), entry.inputs(Draw(second, seed + 1000))]
     return family_of_example(module, sets, **entry.family).examples()[0]
+
+
+def calibration_calls(entry: Entry, module: nn.Module, keys: Sequence[float]) -> list[tuple[float, Arrays]]:
+    """(timestep, inputs): one large call at each timestep, or many small ones where the batch is fixed."""
+    fixed, _ = entry.batches
+    if fixed != entry.batches[1]:
+        return [(key, at_timestep(drawn(entry, module, 10 + i, ROWS), key)) for i, key in enumerate(keys)]
+    draws = [at_timestep(drawn(entry, module, 10 + i), 0) for i in range(ROWS // fixed)]
+    return [(key, at_timestep(feeds, key)) for key in keys for feeds in draws]
 
 
 def held_out(entry: Entry, module: nn.Module, family: Family) -> list[tuple[float, Arrays]]:
@@ -191,7 +206,7 @@ def held_out(entry: Entry, module: nn.Module, family: Family) -> list[tuple[floa
 
 
 def calibrate(
-    keys: Sequence[float], draws: Sequence[Arrays], graph: FloatGraph, model: ir.Model, plan: QuantPlan
+    calls: Sequence[tuple[float, Arrays]], graph: FloatGraph, model: ir.Model, plan: QuantPlan
 ) -> tuple[ScaleTable, Mapping[str, Any]]:
     """Scales for two groups of timesteps and weights in INT8, by the collectors of a compile."""
     products = tuple(sorted({site.tensor for site in plan.quantized() if site.op == "matmul"}))
@@ -201,16 +216,15 @@ def calibrate(
     inner = tuple(name for name in plan.scaled_tensors() if name not in given)
     engine = open_engine("ort", graph.path, EngineOptions(threads=1, extra_outputs=inner))
     try:
-        for key in keys:
-            for inputs in draws:
-                feeds = at_timestep(inputs, key)
-                outputs = engine.run(feeds)
-                taps = {name: feeds[name] if name in given else outputs[name] for name in plan.scaled_tensors()}
-                collector.observe(key, taps, seeds=range(len(next(iter(feeds.values())))))
-                grams.observe(key, taps)
+        for key, inputs in calls:
+            feeds = only(inputs, given)
+            outputs = engine.run(feeds)
+            taps = {name: feeds[name] if name in given else outputs[name] for name in plan.scaled_tensors()}
+            collector.observe(key, taps, seeds=range(ROWS))
+            grams.observe(key, taps)
     finally:
         engine.close()
-    groups = min(GROUPS, len(keys))
+    groups = min(GROUPS, len({key for key, _ in calls}))
     table = scale_table(collector, plan, f"uniform:{groups}", "minmax")
     return table, quantize_weights(model, plan, "mse", grams.matrices(table))
 
