@@ -71,12 +71,21 @@ def check_centred(plan: QuantPlan, model: ir.Model, where: str) -> None:
 
 
 def apply_centres(lowering: Lowering) -> None:
-    """Let every site of a centred tensor read `NAME.centred` in its place."""
+    """Let every site of a centred tensor read `NAME.centred` in its place.
+
+    Where the tensor is the result of another quantized product, that product's bias takes the centre off: the addition
+    itself is about to become part of the product.
+    """
     values = {value.name: value for node in lowering.graph for value in node.outputs}
+    results = {p.result: p for p in lowering.places if p.bias is not None and p.site.op == "matmul"}
     for tensor in lowering.plan.centred:
         centre = lowering.tensor_scales(tensor).centre
         value = values[tensor]
         assert centre is not None
+        if value in results:
+            lowering.moved[results[value].site.output] = centre
+            value.name = f"{tensor}.centred"
+            continue
         node, index = value.producer(), _shift(value)
         assert node is not None
         assert index is not None

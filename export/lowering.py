@@ -93,6 +93,7 @@ class Lowering:
         model: the copy that is edited.
         places: quantized sites in graph order.
         weights: INT8 weights by initializer name.
+        moved: centres that a site's bias has to take off, by the site's output: its result is itself centred.
     """
 
     model: ir.Model
@@ -101,6 +102,7 @@ class Lowering:
     weights: Mapping[str, QuantizedWeight]
     options: LoweringOptions
     places: tuple[PlacedSite, ...] = ()
+    moved: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     _group: ir.Value | None = None
     _constants: dict[str, ir.Value] = field(default_factory=dict)
     _consumed: set[str] = field(default_factory=set)
@@ -246,12 +248,17 @@ class Lowering:
         return self.table.of(tensor)
 
     def bias_rows(self, place: PlacedSite) -> NDArray[np.float64] | None:
-        """The bias of a centred site per group, `[groups, n]`; `None` where the site's tensor is not centred."""
-        centre = self.table.of(place.site.tensor).centre
-        if centre is None:
+        """The bias of a site per group, `[groups, n]`; `None` where neither its input nor its result is centred."""
+        centre, own = self.table.of(place.site.tensor).centre, self.moved.get(place.site.output)
+        if centre is None and own is None:
             return None
         stored = place.bias.const_value if place.bias is not None else None
-        return bias_per_group(centre, weight_of(self.model, place.site), None if stored is None else stored.numpy())
+        bias = None if stored is None else stored.numpy()
+        if centre is None:
+            rows = np.zeros((1, place.site.n)) if bias is None else bias.reshape(1, -1).astype(np.float64)
+        else:
+            rows = bias_per_group(centre, weight_of(self.model, place.site), bias)
+        return rows if own is None else rows - own
 
     def replace(self, place: PlacedSite, new: ir.Value, *, bias_included: bool) -> None:
         """Let `new` take the place and the name of the site's result, and remove what computed it before."""
