@@ -60,7 +60,7 @@ class GateReport:
         backend: engine.
         sites: products that are meant to be quantized.
         formats: how many of them run on which operands: `int8`, `fp8`.
-        kernels: kernels in all, where the engine lists them; 0 where not.
+        kernels: kernels that work on tensors, where the engine lists them; 0 where not.
         products: kernels that are products; several sites may share one.
         breaches: empty is what one wants.
     """
@@ -191,7 +191,7 @@ def _check_kernels(
             formats[found] += 1
     kept = _kept_layers(graph, sites)
     breaches += [breach for kernel in kernels for breach in _dequantized_weights(kernel, kept)]
-    outer = [kernel for kernel in kernels if not kernel.inner]
+    outer = [kernel for kernel in kernels if not kernel.inner and not kernel.sizes_only]
     products = sum(kernel.product or kernel.kind == "runtime_fusion" for kernel in outer)
     return GateReport(target.backend, len(sites), dict(formats), len(outer), products, tuple(breaches))
 

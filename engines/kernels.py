@@ -62,11 +62,21 @@ class Kernel:
         return self.kind in _PRODUCTS or self.attention
 
     @property
+    def sizes_only(self) -> bool:
+        """Whether it works on sizes instead of tensors: single integers and truth values, or waiting for a stream.
+
+        A graph with a free batch has hundreds of them, and they say nothing about its speed.
+        """
+        operands = (*self.inputs, *self.outputs)
+        return not self.product and all(o.dtype in _SIZES and o.size <= 1 for o in operands)
+
+    @property
     def attention(self) -> bool:
         """Whether it is a whole attention in one kernel."""
         return "mha" in self.name.lower()
 
 
+_SIZES = frozenset({"int64", "int32", "bool"})
 _PRODUCTS = frozenset({"fully_connected", "corrltn", "convolution", "gemm", "caskgemm", "caskconvolution", "matmul"})
 _PROGRAM = b"header {\n"
 _TENSOR = re.compile(r"^ *(?:sub_)?tensor=\{(.*)\}$", re.MULTILINE)

@@ -140,8 +140,9 @@ def engines(results: dict[str, Any]) -> str:
     lines = [
         f"## TensorRT for RTX engines ({results['library']}), built without a GPU", "", "```bash",
         "python benchmarks/rtx_builds.py --json docs/tensorrt.json", "```", "",
-        "CPU time and MB over the capabilities that build; kernels and products (GEMMs and convolutions) at capability",
-        "8.9; *packed* is the plan with its weights taken from the bundle, bit for bit.  No figure here is a run time.",
+        "CPU time and MB over the capabilities that build; kernels (arithmetic on sizes apart) and the products (GEMMs",
+        "and convolutions) among them at capability 8.9; *packed* is the plan with its weights taken from the bundle,",
+        "bit for bit.  No figure here is a run time.",
         "INT8 graphs for 7.5 (Turing, without INT8 convolutions) are of the dialect `unfold`:", turing(builds), "",
         "| model | graph | capabilities | refused | build, s | plan, MB | packed | kernels | products | fusion gate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -164,7 +165,7 @@ def engines(results: dict[str, Any]) -> str:
         lines.append(
             f"| {pair.replace('/', ' | ')} | {', '.join(built)} | {refused} | "
             f"{time} | {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} | {packed} | "
-            f"{entry['kernels']} | {entry['products']} | {gates} ({sites}) |"
+            f"{entry.get('kernels', '–')} | {entry['products']} | {gates} ({sites}) |"
         )
     return "\n".join([*lines, ""])
 

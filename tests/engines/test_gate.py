@@ -12,7 +12,7 @@ from support import trap_graphs
 
 from quantempo.contracts.engine import EngineOptions
 from quantempo.engines import gate
-from quantempo.engines.kernels import inspector_kernels, plan_kernels
+from quantempo.engines.kernels import Kernel, Operand, inspector_kernels, plan_kernels
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.ort import optimized_graph
 from quantempo.engines.targets import target
@@ -82,6 +82,16 @@ def test_a_plan_lists_kernels_with_the_types_of_their_operands(tmp_path: Path) -
     (product,) = [kernel for kernel in kernels if kernel.product]
     assert product.name == "a.out/MatMul"
     assert [(o.dtype, o.constant, o.size) for o in product.inputs[:2]] == [("int8", False, 8192), ("int8", True, 8192)]
+
+
+def test_arithmetic_on_sizes_is_no_kernel() -> None:
+    one, tensor = Operand("a", "int64", size=1), Operand("x", "half", size=64)
+    assert Kernel("k", "mul", (one, one), (one,), ()).sizes_only
+    assert Kernel("k", "and", (Operand("b", "bool", size=1),), (), ()).sizes_only
+    assert Kernel("k", "signal", (), (), ()).sizes_only
+    assert not Kernel("k", "function", (tensor, one), (tensor,), ()).sizes_only
+    assert not Kernel("k", "function", (one,), (Operand("t", "int64", size=2),), ()).sizes_only
+    assert not Kernel("k", "gemm", (), (), ()).sizes_only
 
 
 def test_a_plan_without_a_kernel_list_is_refused() -> None:
