@@ -48,7 +48,7 @@ class BuildJob:
         memory_mib: limit of scratch memory; 0 for none.
         timing_cache: file of TensorRT's measurements, read and written; empty for none.
         level: builder optimization level; -1 for the library's own.
-        version_compatible: let later versions load the plan.
+        version_compatible: let later versions of TensorRT run the plan, see `trt_record.version_loads`.
     """
 
     library: Library

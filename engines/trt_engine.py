@@ -20,6 +20,7 @@ from quantempo.engines.device_math import MOST_TERMS, DeviceMath
 from quantempo.engines.host import HostEngine
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.shapes import check_array, shown
+from quantempo.engines.targets import parse_version
 from quantempo.engines.trt_profiles import Profile, choose
 from quantempo.engines.trt_record import (
     EngineRecord,
@@ -35,11 +36,12 @@ from quantempo.errors import EngineError
 Array = NDArray[Any]
 SETTINGS = {
     "target": ("a target that was built",), "graphs": ("a kind that was built, e.g. portable-f16",),
-    "cuda_graph": ("on", "off"), "registers": ("device", "host"),
+    "cuda_graph": ("on", "off"), "registers": ("device", "host"), "lean_runtime": ("a file",),
 }
 """What `EngineOptions.settings` may hold: whose engines to load, of which dialect and float type where several were
-built, whether calls are captured as CUDA graphs, and where registers and guidance are computed."""
-_FREE = ("target", "graphs")
+built, whether calls are captured as CUDA graphs, where registers and guidance are computed, and the lean runtime of the
+version that built the plans, where another one is installed."""
+_FREE = ("target", "graphs", "lean_runtime")
 
 
 class Device(Protocol):
@@ -112,7 +114,7 @@ def open_plan(graph: Path, options: EngineOptions, library: str, trt: Any, devic
             str(graph), found="no such file", wanted="an ONNX graph file of a bundle", cause="a wrong path",
             remedy="look at the path again",
         )
-    settings = {"target": "", "graphs": "", "cuda_graph": "on", "registers": "device", **options.settings}
+    settings = {**dict.fromkeys(_FREE, ""), "cuda_graph": "on", "registers": "device", **options.settings}
     for key, value in settings.items():
         if key not in SETTINGS or (key not in _FREE and value not in SETTINGS[key]):
             raise unknown_setting(graph.name, f"{key}={value}", SETTINGS.get(key, tuple(SETTINGS)))
@@ -124,14 +126,14 @@ def open_plan(graph: Path, options: EngineOptions, library: str, trt: Any, devic
         )
     bundle = bundle_of(graph)
     folder, record = choose_record(bundle, library, settings["target"], device.capability if device else None)
-    require_fit(str(folder), record, str(trt.__version__), None)
+    require_fit(str(folder), record, str(trt.__version__), None, settings["lean_runtime"])
     name = find_plan(str(folder), record, graph.stem, settings["graphs"])
     data = load_plan(folder, record, name, bundle)
     if device is None:
         from quantempo.engines.cuda_device import CudaDevice
 
         device = CudaDevice.open()
-    require_fit(str(folder), record, str(trt.__version__), device.capability)
+    require_fit(str(folder), record, str(trt.__version__), device.capability, settings["lean_runtime"])
     return TrtEngine(trt, device, graph.parent / f"{name}.onnx", record, name, data, settings)
 
 
@@ -153,6 +155,10 @@ class TrtEngine(HostEngine):
         self._trt, self._runtime_cache = trt, None
         self._errors: list[str] = []
         self._runtime = trt.Runtime(_logger(trt, self._errors))
+        if parse_version(record.library) != parse_version(str(trt.__version__)):
+            self._runtime = self._runtime.load_runtime(settings["lean_runtime"])
+            if self._runtime is None:
+                raise self._failed(f"the lean runtime of {record.library}")
         self.plan: Any = self._runtime.deserialize_cuda_engine(plan)
         if self.plan is None:
             raise self._failed("a plan that the library loads")

@@ -74,7 +74,7 @@ class EngineRecord:
         capability: compute capability that the plans are for, e.g. `8.9`.
         manifest: digest of the bundle's manifest.
         plans: by graph name.
-        version_compatible: whether a newer library may load the plans.
+        version_compatible: whether a newer TensorRT may run the plans, see `version_loads`.
         device: what they were built on.
         versions: of everything that took part.
         guard: what the latency guard measured, where there was a device.
@@ -172,7 +172,9 @@ def choose_record(bundle: Path, backend: str, target: str, capability: str | Non
     )
 
 
-def require_fit(where: str, record: EngineRecord, library: str, capability: str | None) -> None:
+def require_fit(
+    where: str, record: EngineRecord, library: str, capability: str | None, lean_runtime: str = ""
+) -> None:
     """Refuse plans of another library version or another device.
 
     Args:
@@ -180,17 +182,13 @@ def require_fit(where: str, record: EngineRecord, library: str, capability: str 
         record: of the plans.
         library: version that is installed here.
         capability: of the device here; `None` skips that part.
+        lean_runtime: file of the runtime of the version that built the plans; empty for none.
 
     Raises:
         EngineError: with what to do.
     """
-    if not version_loads(record.library, library, record.version_compatible):
-        raise EngineError(
-            where, found=f"plans of {record.backend} {record.library}", wanted=f"plans of {record.backend} {library}",
-            cause="plans are bound to the library version that built them",
-            remedy=f"run: quantempo build BUNDLE --target {record.target}"
-            + ("" if record.version_compatible else ", with --version-compatible where several versions must load it"),
-        )
+    if parse_version(record.library) != parse_version(library):
+        _require_lean(where, record, library, lean_runtime)
     if capability is not None and capability != record.capability:
         raise EngineError(
             where, found=f"plans for compute capability {record.capability}",
@@ -199,16 +197,35 @@ def require_fit(where: str, record: EngineRecord, library: str, capability: str 
         )
 
 
-def version_loads(built: str, here: str, compatible: bool) -> bool:
-    """Whether a library loads a plan of another version.
+def _require_lean(where: str, record: EngineRecord, library: str, lean_runtime: str) -> None:
+    """Refuse plans of another version, unless the lean runtime of that version is at hand to run them."""
+    found, wanted = f"plans of {record.backend} {record.library}", f"plans of {record.backend} {library}"
+    if not (record.version_compatible and version_loads(record.backend, record.library, library)):
+        compatible = record.backend == "tensorrt" and not record.version_compatible
+        raise EngineError(
+            where, found=found, wanted=wanted, cause="plans are bound to the library version that built them",
+            remedy=f"run: quantempo build BUNDLE --target {record.target}"
+            + (", with --version-compatible where later versions must load it" if compatible else ""),
+        )
+    if not lean_runtime or not Path(lean_runtime).is_file():
+        raise EngineError(
+            where, found=found + (f", and no file {lean_runtime}" if lean_runtime else ""),
+            wanted=f"{wanted}, or the lean runtime of {record.library}",
+            cause="version-compatible plans are run by the runtime of the version that built them, which they do not "
+            "contain",
+            remedy=f"pass the setting lean_runtime=FILE, libnvinfer_lean of tensorrt-lean {record.library}; or build "
+            "again",
+        )
 
-    The same version does.  A version-compatible plan is also loaded by any later release of the same major version, and
-    a plan of TensorRT 10 by 11.
+
+def version_loads(backend: str, built: str, here: str) -> bool:
+    """Whether a library can run a version-compatible plan of another version, by that version's lean runtime.
+
+    A later release of the same major version can, and TensorRT 11 the plans of 10.  Plans of TensorRT for RTX are never
+    compatible between releases (NVIDIA's documentation, "Engine Compatibility").
     """
     one, two = parse_version(built), parse_version(here)
-    if one == two:
-        return True
-    return compatible and two > one and (two[0] == one[0] or (one[0], two[0]) == (10, 11))
+    return backend == "tensorrt" and two > one and (two[0] == one[0] or (one[0], two[0]) == (10, 11))
 
 
 def find_plan(where: str, record: EngineRecord, graph: str, kind: str = "") -> str:

@@ -121,6 +121,7 @@ def build_bundle(bundle: Path, options: BuildOptions, progress: Progress | None 
     """
     profile = _tensorrt_target(options.target)
     opened = read_bundle(bundle)
+    _require_flags(profile, options)
     asked = tuple(parse_profile(text) for text in options.shapes)
     graphs = choose_graphs(opened.manifest, profile, options.graphs)
     library: Library = "tensorrt_rtx" if profile.backend == "tensorrt_rtx" else "tensorrt"
@@ -167,6 +168,15 @@ def _tensorrt_target(name: str) -> Target:
             remedy="load the bundle as it is; the setting `cache` keeps what they compile",
         )
     return profile
+
+
+def _require_flags(profile: Target, options: BuildOptions) -> None:
+    if options.version_compatible and profile.backend == "tensorrt_rtx":
+        raise RequestError(
+            f"target {profile.name!r}", found="--version-compatible", wanted="no such promise",
+            cause="plans of TensorRT for RTX load in the release that built them alone",
+            remedy="leave the option out, and build again after an update",
+        )
 
 
 def _require_version(profile: Target, installed: str) -> None:

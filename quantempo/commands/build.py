@@ -31,7 +31,7 @@ def build_command(
     memory: Annotated[int, typer.Option(help="Limit of scratch memory in MiB; 0 for none.")] = 0,
     timing_cache: Annotated[str, typer.Option(help="File of TensorRT's measurements, read and written.")] = "",
     level: Annotated[int, typer.Option(help="Builder optimization level, 0 to 5; -1 for the library's own.")] = -1,
-    version_compatible: Annotated[bool, typer.Option(help="Let later library versions load the plans.")] = False,
+    version_compatible: Annotated[bool, typer.Option(help="Let later TensorRT versions run the plans.")] = False,
     force: Annotated[bool, typer.Option(help="Build again what is there already.")] = False,
 ) -> None:
     """Build a bundle's engines for a device, with the engine library alone (no torch, no onnx)."""

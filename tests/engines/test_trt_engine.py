@@ -310,19 +310,46 @@ def test_plans_of_another_version_are_refused(bundle: Path) -> None:
     with pytest.raises(EngineError, match=r"plans of tensorrt_rtx 1\.7\.1\.116, wanted plans of tensorrt_rtx 1\.8\.0"):
         opened(bundle, version="1.8.0.1")
     record = read_record(folder)
-    require_fit("here", replace(record, version_compatible=True), "1.8.0.1", "8.9")
-    with pytest.raises(EngineError, match="bound to the library version"):
-        require_fit("here", replace(record, version_compatible=True), "1.6.0", "8.9")
+    for here in ("1.8.0.1", "1.6.0"):
+        with pytest.raises(EngineError, match="bound to the library version"):
+            require_fit("here", replace(record, version_compatible=True), here, "8.9", str(folder / "engine.json"))
+
+
+def test_plans_of_an_older_tensorrt_need_its_lean_runtime(bundle: Path, tmp_path: Path) -> None:
+    folder = write(bundle, backend="tensorrt", library="10.13.3", version_compatible=True)
+    device, lean = FakeDevice(), tmp_path / "libnvinfer_lean.so.10"
+    lean.write_bytes(b"")
+
+    def opened_by(version: str, **settings: str) -> TrtEngine:
+        library = FakeLibrary(device, version, rtx=False)
+        graph = bundle / "graphs" / f"{NAME}.onnx"
+        engine = open_plan(graph, EngineOptions(settings=settings), "tensorrt", library, device)
+        assert library.loaded == ([settings["lean_runtime"]] if version != "10.13.3" else [])
+        return engine
+
+    given = feeds()
+    for version in ("10.13.3", "10.16.1", "11.4.0"):
+        found = opened_by(version, lean_runtime=str(lean)).run(given)["prediction"]
+        np.testing.assert_array_equal(found, given["sample"] * 2 + 3)
+    with pytest.raises(EngineError, match=r"or the lean runtime of 10\.13\.3(.|\n)*lean_runtime=FILE"):
+        opened_by("11.4.0")
+    with pytest.raises(EngineError, match="and no file /nowhere"):
+        opened_by("11.4.0", lean_runtime="/nowhere")
+    with pytest.raises(EngineError, match=r"plans of tensorrt 10\.13\.3, wanted plans of tensorrt 10\.3\.0"):
+        opened_by("10.3.0", lean_runtime=str(lean))
+    write_record(folder, replace(read_record(folder), version_compatible=False))
+    with pytest.raises(EngineError, match="with --version-compatible where later versions must load it"):
+        opened_by("11.4.0", lean_runtime=str(lean))
 
 
 @pytest.mark.parametrize(
-    ("built", "here", "compatible", "loads"),
-    [("10.16.1", "10.16.1", False, True), ("10.16.1", "10.16.2", False, False), ("10.3.0", "10.16.1", True, True),
-     ("10.16.1", "11.4.0", True, True), ("10.16.1", "10.3.0", True, False), ("11.4.0", "12.0.0", True, False),
-     ("8.6.1", "11.0.0", True, False)],
+    ("built", "here", "loads"),
+    [("10.3.0", "10.16.1", True), ("10.16.1", "11.4.0", True), ("10.16.1", "10.3.0", False),
+     ("11.4.0", "12.0.0", False), ("8.6.1", "11.0.0", False)],
 )  # fmt: skip
-def test_which_versions_load_which_plans(built: str, here: str, compatible: bool, loads: bool) -> None:
-    assert version_loads(built, here, compatible) is loads
+def test_which_versions_run_which_plans(built: str, here: str, loads: bool) -> None:
+    assert version_loads("tensorrt", built, here) is loads
+    assert not version_loads("tensorrt_rtx", built, here)
 
 
 def test_a_library_that_refuses_a_plan_is_quoted(bundle: Path) -> None:

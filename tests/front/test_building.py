@@ -24,7 +24,7 @@ from quantempo.engines.plan_store import unpack, weight_sources
 from quantempo.engines.targets import target
 from quantempo.engines.tensorrt import BuildJob, build_here, capabilities
 from quantempo.engines.trt_profiles import parse_profile
-from quantempo.engines.trt_record import read_record
+from quantempo.engines.trt_record import read_record, write_record
 from quantempo.errors import BundleError, EngineError, FusionError, MissingExtra, PlanError, RequestError
 from quantempo.runtime.bundle import read_bundle
 
@@ -116,10 +116,11 @@ def test_kinds_of_graphs_lie_side_by_side(tmp_path: Path) -> None:
     assert third.beside == ()
     assert third.notices == ("full.fp8-f16 was removed: its file is damaged or gone",)
     assert not (third.folder / "full.fp8-f16.plan").exists()
-    fourth = build_bundle(bundle, BuildOptions("rtx-spark", graphs="fp8-f16", version_compatible=True))
+    write_record(third.folder, replace(third.record, library="1.6.1.120"))
+    fourth = build_bundle(bundle, BuildOptions("rtx-spark", graphs="fp8-f16"))
     assert fourth.beside == ()
-    assert "full.portable-f16 was removed: it was built with another version_compatible; build it again if you need " \
-        "it" in fourth.notices
+    words = "full.portable-f16 was removed: it was built with another library; build it again if you need it"
+    assert fourth.notices == (words,)
     assert {path.name for path in fourth.folder.iterdir()} == {"engine.json", "full.fp8-f16.plan"}
 
 
@@ -159,10 +160,10 @@ def test_stripping_by_the_builder_needs_a_device_and_says_so(bundle: Path) -> No
         pytest.skip("this machine has a GPU")
 
 
-def test_version_compatible_plans_build(bundle: Path) -> None:
-    made = build_bundle(bundle, BuildOptions("rtx-ada", graphs="portable-f16", version_compatible=True))
-    assert made.record.version_compatible
-    assert made.record.plans["full.portable-f16"].parts.flags["version_compatible"] == "true"
+@pytest.mark.usefixtures("no_builder")
+def test_plans_of_rtx_are_never_version_compatible(bundle: Path) -> None:
+    with pytest.raises(RequestError, match=r"load in the release that built them alone(.|\n)*leave the option out"):
+        build_bundle(bundle, BuildOptions("rtx-ada", graphs="portable-f16", version_compatible=True))
 
 
 @pytest.mark.parametrize("name", ["rtx-turing", "rtx-a100", "rtx-ampere", "orin-jp6", "orin-jp7", "ampere"])

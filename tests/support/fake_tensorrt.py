@@ -178,6 +178,7 @@ class FakeLibrary:
     ) -> None:
         self.__version__, self.refuses = version, refuses
         self.refitted: list[str] = []
+        self.loaded: list[str] = []
         self.configs: list[RuntimeConfig | None] = []
         if rtx:
             self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager")
@@ -190,6 +191,10 @@ class FakeLibrary:
         class Runtime:
             def __init__(self, logger: Any) -> None:
                 self.logger = logger
+
+            def load_runtime(self, path: str) -> Runtime:
+                library.loaded.append(path)
+                return self
 
             def deserialize_cuda_engine(self, data: bytes) -> _Plan | None:
                 if not data.startswith(b"{"):
