@@ -17,7 +17,9 @@ import argparse
 import dataclasses
 import fnmatch
 import json
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,17 +121,18 @@ class Results:
 def main() -> None:
     options = parse()
     results = Results(options.json)
-    results.put({**openvino_speed.machine(), **versions(options)}, "machine")
+    results.put({**results.data.get("machine", {}), **openvino_speed.machine(), **versions(options)}, "machine")
+    results.put(planned(), "planned")
     with openvino.without_telemetry(), tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         if "fidelity" in options.parts:
             for name in options.demos:
                 fidelity(name, work / "demo" / name, options, results)
-                results.put(openvino_speed.command(), "commands", f"fidelity {name}")
+                results.put(f"fidelity {name}", "commands", command())
         for part in ("prepare", "time"):
             for name in openvino_speed.models(options) if part in options.parts else ():
                 {"prepare": prepare, "time": measure}[part](name, work / "large" / name, options, results)
-                results.put(openvino_speed.command(), "commands", f"{part} {name}")
+                results.put(f"{part} {name}", "commands", command())
 
 
 def parse() -> argparse.Namespace:
@@ -152,6 +155,8 @@ def parse() -> argparse.Namespace:
 
 
 PARTS = ("fidelity", "prepare", "time")
+OURS = ("quantempo on ort", "quantempo on openvino")
+EAGER = ("diffusers eager, float32", "diffusers eager, bfloat16")
 
 
 def versions(options: argparse.Namespace) -> dict[str, str]:
@@ -162,6 +167,32 @@ def versions(options: argparse.Namespace) -> dict[str, str]:
             command = [python, "-c", f"from importlib.metadata import version; print(version({name!r}))"]
             found[name] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return found
+
+
+def planned() -> dict[str, Any]:
+    """Every label of a full run, so that the page can name what is missing."""
+    python = Path("python")
+    fidelity = {
+        name: [*OURS, *EAGER, *(tool.label for tool in peer_tools.tools(name, python, python))]
+        for name in quality.SOURCES
+    }
+    return {"fidelity": fidelity, "time": list(int8_speed.MODELS)}
+
+
+def command() -> str:
+    """How this was started, without the places of one machine."""
+    words, shown = iter(sys.argv[1:]), ["python", "benchmarks/peers.py"]
+    for word in words:
+        if word == "--work":
+            next(words)
+        elif word in ("--modelopt", "--optimum"):
+            next(words)
+            shown += [word, f"{word[2:].upper()}_PYTHON"]
+        elif word == "--json":
+            shown += [word, f"docs/{Path(next(words)).name}"]
+        else:
+            shown.append(word)
+    return shlex.join(shown)
 
 
 def wanted(label: str, options: argparse.Namespace) -> bool:
