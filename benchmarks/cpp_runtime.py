@@ -38,7 +38,7 @@ from quantempo.contracts.program import StepProgram  # noqa: E402
 from quantempo.runtime.bundle import read_bundle  # noqa: E402
 from quantempo.runtime.images import grid, save  # noqa: E402
 from quantempo.runtime.session import Session  # noqa: E402
-from quantempo.stages.model import trace_scheduler  # noqa: E402
+from quantempo.stages.programs import trace_scheduler  # noqa: E402
 
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler")
 STEPS = 20
