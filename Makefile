@@ -23,6 +23,7 @@ test: lint
 # Long sweeps: write their results as JSON under docs/, then the pages that are made from them.
 test-full: lint
 	$(PY) -m pytest tests
+	$(PY) tools/cpp_sanitizers.py --json docs/cpp_sanitizers.json
 	$(PY) tools/scheduler_sweep.py
 	$(PY) benchmarks/quality.py --json docs/quality.json
 	$(PY) benchmarks/int8_speed.py --json docs/speed.json

@@ -135,6 +135,41 @@ def turing(builds: dict[str, Any]) -> str:
     return "\n".join([f"{', '.join(counts)},", "all on INT8; the rest is float16."]) if counts else "not built yet."
 
 
+def cpp_runtime(results: dict[str, Any]) -> str:
+    """The C++ runtime beside Python and beside the bare engine."""
+    lines = [
+        "## C++ runtime", "", "```bash",
+        "python benchmarks/cpp_runtime.py build/dit build/unet --json docs/cpp_runtime.json", "```", "",
+    ]
+    cells = results.get("identity", {})
+    equal = sum(cell["latents"] and cell["png"] for cell in cells.values())
+    cached = [cell for name, cell in cells.items() if name.endswith(" cached")]
+    lines += [
+        f"Python and C++ give the same latents, bit for bit, and the same PNG bytes in {equal} of {len(cells)} runs of",
+        "20 steps and 3 samples: ONNX Runtime and OpenVINO, demo DiT and demo UNet, INT8 and float, DDIM, DPM-Solver++",
+        f"and Euler ancestral, without feature caching and ({len(cached)} of the runs) with it.", "",
+    ]
+    for name in (name for name, cell in cells.items() if not (cell["latents"] and cell["png"])):
+        lines.append(f"- differs: {name}")
+    if "cost" in results:
+        lines += [
+            f"ONNX Runtime, one thread, guidance 4 (two rows a call), {results['processor']}.  *Bare* is a C program",
+            "that opens and runs the same graph and nothing else; *opening* verifies all digests and opens the graph,",
+            f"files in the page cache.  The stripped library has {results['stripped_bytes'] / 1e6:.2f} MB.", "",
+            "| bundle | loop, µs a call | worst | resident, MB | bare | anonymous, MB | bare | opening, s "
+            "| first latents, s |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, found in results["cost"].items():
+            lines.append(
+                f"| {name} | {found['loop_us_per_call']:.1f} | {found['worst_loop_us_per_call']:.1f} | "
+                f"{found['resident_mb']:.1f} | {found['bare_resident_mb']:.1f} | {found['anonymous_mb']:.1f} | "
+                f"{found['bare_anonymous_mb']:.1f} | {found['open_seconds']:.3f} | "
+                f"{found['first_latents_seconds']:.3f} |"
+            )
+    return "\n".join([*lines, ""])
+
+
 def engines(results: dict[str, Any]) -> str:
     """Engines of TensorRT for RTX: what builds for which device, how fast, how large, of how many kernels."""
     builds = results["builds"]
@@ -381,7 +416,7 @@ def main() -> None:
         ("quality.json", quality), ("fp8.json", fp8), ("speed.json", speed), ("loop_overhead.json", overhead),
         ("openvino_speed.json", on_openvino), ("nncf.json", beside_nncf),
         ("peers.json", beside_peers),
-        ("tensorrt.json", engines),
+        ("tensorrt.json", engines), ("cpp_runtime.json", cpp_runtime),
     ):
         results = load(name)
         if results is not None:

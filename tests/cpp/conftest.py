@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.cpp_library import ROOT, configure_and_build, engine_library
+from support.cpp_library import build_for_tests, engine_library
 
 
 @pytest.fixture(scope="session")
 def built() -> Path:
-    """A release build with the test programs; kept from run to run."""
-    return configure_and_build(ROOT / "build" / "cpp", "-DQUANTEMPO_TESTS=ON")
+    """A build with the test programs; kept from run to run."""
+    return build_for_tests()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support import tiny_models
 from support.bundle_maker import make_program
-from support.cpp_library import Library, Sampler
+from support.cpp_library import Sampler
 from support.onnx_bundles import CACHED, write_onnx_bundle
 
 from quantempo.contracts.codec import canonical_json
@@ -171,7 +171,3 @@ def test_a_library_that_refuses_to_share_packed_weights_still_opens_every_graph(
 def test_notices_of_a_run_are_told(sampler: Sampler, parts: Path) -> None:
     done = sampler.run(parts, "--class", 1, "--steps", 5)
     assert "CacheUnused: the bundle has no cache plan for 5 steps of EchoScheduler" in done.stderr
-
-
-def test_the_library_names_its_backends(built: Path) -> None:
-    assert Library(built).raw.quantempo_backends().split(b",") == [b"openvino", b"ort"]

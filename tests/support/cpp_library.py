@@ -1,8 +1,11 @@
-"""The C++ runtime from Python: the command line in a process of its own, the C interface through ctypes."""
+"""The C++ runtime from Python: its programs, each in a process of its own, so that a crash or a leak fails a test.
+
+With `QUANTEMPO_CPP_SANITIZE` set to sanitizers (`address,undefined` or `thread`), the programs are built with them; see
+tools/cpp_sanitizers.py.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import shutil
@@ -10,7 +13,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "runtime" / "cpp"
+SANITIZE = os.environ.get("QUANTEMPO_CPP_SANITIZE", "")
 TOOLS = shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"))
 
 
@@ -44,6 +47,16 @@ def configure_and_build(folder: Path, *options: str) -> Path:
     return folder
 
 
+def build_for_tests() -> Path:
+    """The library with its programs, as the environment says: for release, or with sanitizers."""
+    if not SANITIZE:
+        return configure_and_build(ROOT / "build" / "cpp", "-DQUANTEMPO_TESTS=ON")
+    return configure_and_build(
+        ROOT / "build" / f"cpp-{SANITIZE.split(',')[0]}", "-DQUANTEMPO_TESTS=ON", f"-DQUANTEMPO_SANITIZE={SANITIZE}",
+        "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+    )
+
+
 def engine_library(engine: str) -> Path:
     """An engine's shared library, as its Python package ships it.  Skips where the package is not installed."""
     package, pattern = {
@@ -56,52 +69,29 @@ def engine_library(engine: str) -> Path:
     return library
 
 
-class OpenOptions(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_size_t), ("backend", ctypes.c_char_p), ("library", ctypes.c_char_p),
-        ("threads", ctypes.c_int32), ("dialect", ctypes.c_char_p), ("feature_cache", ctypes.c_char_p),
-        ("settings", ctypes.c_void_p), ("settings_count", ctypes.c_size_t), ("notice", ctypes.c_void_p),
-        ("notice_user", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-class Library:
-    """`libquantempo`, opened in this process; meant for what needs no engine."""
-
-    def __init__(self, build: Path) -> None:
-        self.raw = ctypes.CDLL(str(build / "libquantempo.so"))
-        for name in ("quantempo_last_error", "quantempo_status_name", "quantempo_backends"):
-            getattr(self.raw, name).restype = ctypes.c_char_p
-        self.raw.quantempo_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-        self.raw.quantempo_close.argtypes = [ctypes.c_void_p]
-
-    def open(self, bundle: Path, **options: Any) -> tuple[str, str]:
-        """Open and close a bundle: the name of the status, and the words of the error."""
-        made, handle = OpenOptions(), ctypes.c_void_p()
-        self.raw.quantempo_open_options_defaults(ctypes.byref(made))
-        for name, value in options.items():
-            setattr(made, name, value.encode() if isinstance(value, str) else value)
-        status = self.raw.quantempo_open(str(bundle).encode(), ctypes.byref(made), ctypes.byref(handle))
-        words = self.raw.quantempo_last_error().decode()
-        self.raw.quantempo_close(handle)
-        return self.raw.quantempo_status_name(status).decode(), words
-
-
 @dataclass(frozen=True)
 class Sampler:
-    """`quantempo-sample` of a build with an engine's library."""
+    """`quantempo-sample` of a build with an engine's library (`None`: where the system looks)."""
 
     build: Path
-    library: Path
+    library: Path | None
     engine: str = "ort"
 
     def run(self, bundle: Path, *words: object) -> subprocess.CompletedProcess[str]:
         """Run it with the CLI's words."""
-        command = [
-            self.build / "quantempo-sample", bundle, "--engine", self.engine, "--library", self.library, "--quiet",
-            "--threads", 1, *words,
-        ]
-        return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        given = (*(("--library", self.library) if self.library else ()), "--quiet", "--threads", 1)
+        command = [self.build / "quantempo-sample", bundle, "--engine", self.engine, *given, *words]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), f"{words}: exit {done.returncode}\n{done.stderr[-5000:]}"
+        assert "Sanitizer" not in done.stderr, done.stderr[-5000:]
+        return done
+
+    def refusal(self, bundle: Path, *words: object) -> tuple[str, str]:
+        """The name and the words of the error that a run ends with."""
+        done = self.run(bundle, *words)
+        assert done.returncode == 1, done.stderr
+        name, _, said = done.stderr.removesuffix("\n").partition(": ")
+        return name, said
 
     def latents(self, bundle: Path, shape: Sequence[int], folder: Path, *words: object) -> NDArray[np.float32]:
         """The final latents of a run."""
