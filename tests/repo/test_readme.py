@@ -21,7 +21,7 @@ SHELL = ("bash", "sh", "shell", "console")
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
 """Click's class; newer typers carry a click of their own."""
-PLANNED_ELSEWHERE = ("git", "cd", "python3", "source", ".")
+PLANNED_ELSEWHERE = ("git", "cd", "python3", "source", ".", "apt", "dpkg")
 """Words that need nothing of ours to exist."""
 
 
@@ -85,6 +85,26 @@ def check_pip(words: list[str]) -> None:
                 assert re.search(rf"^{extra} = \[", text, re.MULTILINE), f"there is no extra {extra!r}"
 
 
+def check_cmake(words: list[str]) -> None:
+    """The source folder, the build options and the toolchain file exist."""
+    if "-S" in words:
+        folder = ROOT / words[words.index("-S") + 1]
+        known = (folder / "CMakeLists.txt").read_text()
+        for word in words:
+            if match := re.match(r"-D(QUANTEMPO_\w+)=", word):
+                assert match[1] in known, f"there is no option {match[1]}"
+            if word.startswith("-DCMAKE_TOOLCHAIN_FILE="):
+                assert (ROOT / word.partition("=")[2].removeprefix("$PWD/")).is_file(), word
+
+
+def check_sampler(words: list[str]) -> None:
+    """The options of the C++ command line stand in its usage."""
+    usage = (ROOT / "runtime/cpp/examples/sample.cpp").read_text().partition("usage:")[2].partition(')"')[0]
+    for word in words[1:]:
+        if word.startswith("-"):
+            assert re.search(rf"^  {re.escape(word)} ", usage, re.MULTILINE), f"quantempo-sample has no option {word}"
+
+
 def check(command: str) -> None:
     for part in re.split(r"&&|\|\||\||;", command):
         words = shlex.split(part, comments=True)
@@ -101,6 +121,10 @@ def check(command: str) -> None:
             check_python(words)
         elif name == "pip":
             check_pip(words)
+        elif name == "cmake":
+            check_cmake(words)
+        elif name == "quantempo-sample":
+            check_sampler(words)
         else:
             assert name in PLANNED_ELSEWHERE or (ROOT / words[0]).is_file(), f"nothing checks the command {part!r}"
 
@@ -115,6 +139,7 @@ def test_a_command_that_is_shown_can_be_run(page: str, command: str) -> None:
     [
         "make dmeo", "quantempo compiel model -o out", "quantempo compile model", "quantempo sample b -o x --stpes 4",
         "quantempo compile model -o out --seed x", "python benchmarks/nothing.py", "pip install 'quantempo[cpuu]'",
+        "cmake -S runtime/cpp -B build -DQUANTEMPO_OTR=ON", "build/cpp/quantempo-sample out --stpes 4",
         "python tools/train_demo.py --no-such-option", "mkae test", "make test && make dmeo",
     ],
 )
