@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,26 +197,11 @@ def make_graphs(module: Any, family: Any, folder: Path) -> dict[str, Any]:
 
 def min_max_table(model: Any, plan: Any, inputs: list[Feeds]) -> Any:
     """Scales from the extremes over a few inputs; the groups differ by a few percent, as they would."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-
     from quantempo.contracts.partition import Partition
     from quantempo.contracts.table import ScaleTable, TensorScales
 
     names = plan.scaled_tensors()
-    tapped = model.clone()
-    values = {value.name: value for node in tapped.graph for value in node.outputs}
-    borders = {value.name for value in tapped.graph.inputs}
-    tapped.graph.outputs.clear()
-    tapped.graph.outputs.extend(values[name] for name in names if name not in borders)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "tapped.onnx"
-        ir.save(tapped, path, external_data="tapped.data")
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        runs = [
-            dict(zip((o.name for o in session.get_outputs()), session.run(None, feed), strict=True)) | dict(feed)
-            for feed in inputs
-        ]
+    runs = tap(model, names, inputs)
     drift = np.linspace(1.0, 1.1, GROUPS)
     tensors = {}
     for name in names:
@@ -234,6 +219,30 @@ def min_max_table(model: Any, plan: Any, inputs: list[Feeds]) -> Any:
         point = np.full(GROUPS, round(-low / (high - low) * 255), np.int32)
         tensors[name] = TensorScales(scale, point, (drift * max(high, -low) / 127).astype(np.float32), centre)
     return ScaleTable(Partition(tuple(float(i) for i in range(1, GROUPS)), 0.0, float(GROUPS)), tensors)
+
+
+def tap(model: Any, names: Sequence[str], inputs: list[Feeds]) -> list[dict[str, np.ndarray]]:
+    """The values of these tensors, and the inputs, for each of the inputs."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    tapped = model.clone()
+    values = {value.name: value for node in tapped.graph for value in node.outputs}
+    borders = {value.name for value in tapped.graph.inputs}
+    tapped.graph.outputs.clear()
+    tapped.graph.outputs.extend(values[name] for name in names if name not in borders)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tapped.onnx"
+        ir.save(tapped, path, external_data="tapped.data")
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        written = [output.name for output in session.get_outputs()]
+        return [dict(zip(written, session.run(None, feed), strict=True)) | dict(feed) for feed in inputs]
+
+
+def largest(model: Any, names: Sequence[str], inputs: list[Feeds]) -> dict[str, float]:
+    """The largest magnitude of each tensor."""
+    runs = tap(model, names, inputs)
+    return {name: max(float(np.abs(run[name]).max()) for run in runs) for name in names}
 
 
 def open_session(graph: Path, options: Options, profile: Path | None = None) -> Any:

@@ -127,10 +127,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="calibration rows for NNCF, whose default is 300")
     parser.add_argument("--threads", type=int, default=0, help="while calibrating and sampling")
     options = parser.parse_args()
-    report = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
-    report["machine"] = {**openvino_speed.machine(), "nncf": version("nncf")}
 
     def keep(part: str, name: str, found: dict[str, Any]) -> None:
+        # Read again each time: the parts may run side by side.
+        report = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+        report["machine"] = {**openvino_speed.machine(), "nncf": version("nncf")}
         report.setdefault(part, {})[name] = found
         report.setdefault("commands", {})[f"{part} {name}"] = openvino_speed.command()
         if options.json is not None:
@@ -145,8 +146,9 @@ def main() -> None:
             openvino_speed.pin()
             for name in openvino_speed.models(options):
                 folder = options.keep / name if options.keep else Path(scratch) / name
-                keep("time", name, measure(name, folder, options))
-                openvino_speed.print_table(name, report["time"][name])
+                found = measure(name, folder, options)
+                keep("time", name, found)
+                openvino_speed.print_table(name, found)
 
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def prepare(name: str, folder: Path) -> tuple[Any, Any]:
     from quantempo.export.lower_ort import lower_ort
     from quantempo.export.lower_portable import lower_portable
     from quantempo.export.lowering import LoweringOptions
+    from quantempo.export.passes import GeluAsSigmoid
+    from quantempo.export.quantize_attention import attention_tensors, quantize_attention
     from quantempo.export.sites import default_plan
     from quantempo.export.trace import trace_module
     from quantempo.export.weights import quantize_weights
@@ -114,15 +116,18 @@ def prepare(name: str, folder: Path) -> tuple[Any, Any]:
     graph = trace_module(module, family, folder, "traced")
     model = ir.load(graph.path)
     plan = default_plan(model, graph.digest, sites=graph.sites)
-    table = int8_speed.min_max_table(model, plan, [family.example(int8_speed.BATCH, seed) for seed in (0, 1)])
+    inputs = [family.example(int8_speed.BATCH, seed) for seed in (0, 1)]
+    table = int8_speed.min_max_table(model, plan, inputs)
     weights = quantize_weights(model, plan, "minmax")
     one = LoweringOptions(group=int8_speed.GROUPS // 2)
+    portable, constant = (lower_portable(model, plan, table, weights, given) for given in (None, one))
+    ranges = int8_speed.largest(model, attention_tensors(model, "int8", "scores"), inputs)
+    for graph in (portable, constant):
+        quantize_attention(graph, ranges, "int8", "scores")
+        GeluAsSigmoid().apply(graph)
     write_graphs(
         folder,
-        {
-            "float": model, "portable": lower_portable(model, plan, table, weights),
-            "constant": lower_portable(model, plan, table, weights, one), "ort": lower_ort(model, plan, table, weights),
-        },
+        {"float": model, "portable": portable, "constant": constant, "ort": lower_ort(model, plan, table, weights)},
     )
     return ready
 

@@ -1,7 +1,7 @@
 """The structure of an ONNX graph, without its weights.
 
-Where `onnx_file` answers single questions, this is the whole picture that rules and engines need: nodes, constants
-(type, shape and place), inputs and outputs with their symbolic sizes, operator sets.  `onnx_reader` reads it.
+What rules and engines need: nodes, constants (type, shape and place), inputs and outputs with their symbolic sizes,
+operator sets, weight files.  `onnx_reader` reads it.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ class OnnxGraph:
         opsets: version by domain; ONNX's own is `""`.
         file_bytes: size of the graph file.
         subgraphs: number of graphs inside nodes.
+        locations: the weight files as written in it, by whatever tensor refers to them.
+        main_values: what the nodes of the main graph write.
     """
 
     path: Path
@@ -153,6 +155,8 @@ class OnnxGraph:
     opsets: Mapping[str, int]
     file_bytes: int
     subgraphs: int = 0
+    locations: tuple[str, ...] = ()
+    main_values: tuple[str, ...] = ()
 
     @property
     def opset(self) -> int:

@@ -1,7 +1,7 @@
 """Reads the structure of an ONNX graph without the onnx package.
 
-A large weight costs one table entry, wherever it lies: its bytes are skipped by their length.  Field numbers are those
-of onnx.proto.
+A protobuf message is a list of (field number, wire type, value).  A large weight costs one table entry, wherever it
+lies: its bytes are skipped by their length.  Field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from quantempo.contracts.tensors import TensorSpec
-from quantempo.engines.onnx_file import varint
 from quantempo.engines.onnx_graph import BITS, DTYPES, READABLE_BYTES, Attribute, OnnxGraph, OnnxNode, OnnxTensor
 from quantempo.errors import EngineError
 
 _TYPED_DATA = (4, 10)
 _VARINT_DATA = (5, 7, 11)
+_NESTED = (6, 10, 11, 22, 23)
 
 Span = tuple[int, int]
 
@@ -57,6 +57,8 @@ class _Reader:
         self.types: dict[str, TensorSpec] = {}
         self.opsets: dict[str, int] = {}
         self.subgraphs: list[Span] = []
+        self.locations: dict[str, None] = {}
+        self.main_values: tuple[str, ...] = ()
 
     def read(self) -> OnnxGraph:
         parts: dict[int, list[Span]] = {7: [], 8: [], 25: []}
@@ -70,6 +72,7 @@ class _Reader:
             self.opset(span)
         for span in graphs:
             self.graph(span, main=True)
+        self.main_values = tuple(name for node in self.nodes for name in node.outputs if name)
         at = 0
         while at < len(self.subgraphs):
             self.graph(self.subgraphs[at], main=False)
@@ -79,7 +82,7 @@ class _Reader:
                 self.node(node)
         return OnnxGraph(
             self.path, tuple(self.nodes), self.constants, self.inputs, self.outputs, self.types, self.opsets,
-            self.size, at,
+            self.size, at, tuple(self.locations), self.main_values,
         )
 
     def graph(self, span: Span, main: bool) -> None:
@@ -89,6 +92,8 @@ class _Reader:
             elif number == 5:
                 tensor = self.tensor(_span(value), "")
                 self.constants[tensor.name] = tensor
+            elif number == 15:
+                self.sparse(_span(value))
             elif number in (11, 12, 13):
                 spec = self.value_info(_span(value), named=number != 13)
                 place = self.types if number == 13 or not main else self.inputs if number == 11 else self.outputs
@@ -152,11 +157,26 @@ class _Reader:
                 found = self.bytes(value).decode(errors="replace")
             elif number == 5:
                 found = self.tensor(_span(value), outputs[0] if outputs else "")
-            elif number in (6, 11):
-                self.subgraphs.append(_span(value))
             elif number == 8:
                 integers += self.integers(value)
+            elif number in _NESTED:
+                self.nested(number, _span(value))
         return name, tuple(integers) if integers else found
+
+    def nested(self, number: int, span: Span) -> None:
+        """Graphs and further tensors inside an attribute."""
+        if number in (6, 11):
+            self.subgraphs.append(span)
+        elif number == 10:
+            self.tensor(span, "")
+        else:
+            self.sparse(span)
+
+    def sparse(self, span: Span) -> None:
+        """Values and indices of a sparse tensor; noted for the files that they may lie in."""
+        for number, value in self.fields(span):
+            if number in (1, 2):
+                self.tensor(_span(value), "")
 
     def tensor(self, span: Span, default: str) -> OnnxTensor:
         name, dtype = default, 0
@@ -178,8 +198,7 @@ class _Reader:
                 length = end - start
                 raw = self.data[start : min(end, start + READABLE_BYTES)]
             elif number == 13:
-                pair = {n: self.text(v) for n, v in self.fields(_span(value))}
-                entries[pair.get(1, "")] = pair.get(2, "")
+                self.external(_span(value), entries)
             elif number in _VARINT_DATA and len(numbers) <= READABLE_BYTES:
                 numbers += self.integers(value)
             elif number in _TYPED_DATA and len(typed) <= READABLE_BYTES:
@@ -192,6 +211,14 @@ class _Reader:
             name, word, tuple(dims), entries.get("location"), int(entries.get("offset", 0) or 0),
             int(entries.get("length", 0) or 0) if entries else length or len(inline), self.path, inline,
         )
+
+    def external(self, span: Span, entries: dict[str, str]) -> None:
+        """One key and value of where a tensor's bytes lie."""
+        pair = {number: self.text(value) for number, value in self.fields(span)}
+        key, text = pair.get(1, ""), pair.get(2, "")
+        entries[key] = text
+        if key == "location":
+            self.locations[text] = None
 
     def value_info(self, span: Span, named: bool) -> TensorSpec | None:
         name = ""
@@ -248,7 +275,7 @@ class _Reader:
         at, end = value
         found = []
         while at < end:
-            number, at = varint(self.data, at)
+            number, at = _varint(self.data, at)
             found.append(_signed(number))
         return found
 
@@ -256,14 +283,14 @@ class _Reader:
         """(field number, integer or place) of each field of a message."""
         at, end = span
         while at < end:
-            tag, at = varint(self.data, at)
+            tag, at = _varint(self.data, at)
             kind = tag & 7
             if kind == 0:
-                number, at = varint(self.data, at)
+                number, at = _varint(self.data, at)
                 yield tag >> 3, number
                 continue
             if kind == 2:
-                length, at = varint(self.data, at)
+                length, at = _varint(self.data, at)
             elif kind in (1, 5):
                 length = 8 if kind == 1 else 4
             else:
@@ -272,6 +299,20 @@ class _Reader:
                 raise ValueError(f"a field that ends at byte {at + length}, after its message ({end})")
             yield tag >> 3, (at, at + length)
             at += length
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """A protobuf number at a position, and the position behind it."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError(f"a number of more than 64 bits at byte {at}")
 
 
 def _span(value: int | Span) -> Span:

@@ -40,6 +40,8 @@ the CPU computes natively), whether shapes are fixed at `bind`, parallel streams
 DEFAULTS = {"precision": "f32", "shapes": "fixed", "streams": "1", "cache": ""}
 INTEGERS = ("i8", "u8")
 _PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution")
+_FUSED = "Subgraph"
+"""What attention becomes: its products, scaling and softmax in one kernel."""
 _KEPT = 4
 """Compiled sizes that an engine remembers; bindings keep theirs alive themselves."""
 
@@ -152,9 +154,7 @@ def integer_layers(
         EngineError: as `open_engine`.
     """
     layers = _layers(graph, options or EngineOptions(), sizes)
-    return frozenset(
-        name for layer in layers if layer.kind in _PRODUCTS and layer.precision in INTEGERS for name in layer.originals
-    )
+    return frozenset(name for layer in layers if layer.multiplies_integers for name in layer.originals)
 
 
 def sites_in_float(
@@ -190,8 +190,15 @@ class _Layer:
         self.kind, self.precision = word("layerType"), word("runtimePrecision")
         if self.kind in _PRODUCTS:
             # The runtime precision also says `i8` where only the weights are stored so; the activation decides.
-            self.precision = str(operation.get_input_element_type(0).get_type_name())
+            self.precision = _input_type(operation, 0)
         self.originals = tuple(word("originalLayersNames").split(",")) or (str(operation.get_friendly_name()),)
+        both = operation.get_input_size() > 1 and {_input_type(operation, 0), _input_type(operation, 1)} <= {*INTEGERS}
+        multiplies = self.kind in _PRODUCTS or (self.kind == _FUSED and both)
+        self.multiplies_integers = multiplies and self.precision in INTEGERS
+
+
+def _input_type(operation: Any, index: int) -> str:
+    return str(operation.get_input_element_type(index).get_type_name())
 
 
 def _layers(graph: Path, options: EngineOptions, sizes: Mapping[str, int] | None) -> list[_Layer]:
@@ -244,10 +251,10 @@ class OpenVinoEngine(HostEngine):
     def __init__(self, graph: Path, options: EngineOptions, settings: Mapping[str, str]) -> None:
         name = f"openvino {graph.name}"
         self.graph, self._options, self._settings = graph, options, settings
-        taps = _known_outputs(graph, options)
+        onnx_file.check_written(graph, options.extra_outputs)
         try:
             self._model = _core().read_model(str(graph))
-            added = [self._model.add_outputs(tap)[0] for tap in taps]
+            added = [self._model.add_outputs(tap)[0] for tap in options.extra_outputs]
         except Exception as error:
             raise _refusal(name, "a graph that OpenVINO opens", error) from error
         structure = read_graph(graph)
@@ -327,18 +334,6 @@ class OpenVinoEngine(HostEngine):
     def _release(self) -> None:
         self._compiled.clear()
         self._model = None
-
-
-def _known_outputs(graph: Path, options: EngineOptions) -> tuple[str, ...]:
-    """The extra outputs, each of them a tensor of the graph."""
-    known = set(onnx_file.value_names(graph)) if options.extra_outputs else set()
-    for name in options.extra_outputs:
-        if name not in known:
-            raise EngineError(
-                f"{graph.name}: extra output {name!r}", found="no such tensor", wanted="an output of a node",
-                cause="the name belongs to another graph", remedy=nearest(name, known),
-            )
-    return options.extra_outputs
 
 
 def _port(model: Any, name: str) -> Any:

@@ -150,7 +150,8 @@ def executed_operators(graph: Path, options: EngineOptions | None = None) -> Cou
     options = options or EngineOptions()
     onnx_file.check_external_files(graph)
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        return onnx_file.operators(save_optimized(graph, options, _settings(graph, options), Path(folder)))
+        saved = read_graph(save_optimized(graph, options, _settings(graph, options), Path(folder)))
+        return Counter(node.operator for node in saved.nodes)
 
 
 def optimized_graph(graph: Path, options: EngineOptions | None = None) -> OnnxGraph:

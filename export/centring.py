@@ -95,8 +95,10 @@ def apply_centres(lowering: Lowering) -> None:
             stored = shift.const_value.numpy()
             moved = lowering.lookup(f"{tensor}.shift", (stored.reshape(1, -1) - centre).astype(np.float32))
         else:
-            row = lowering.lookup(f"{tensor}.centre", centre)
-            moved = lowering.node(node, "Sub", [shift, row], f"{tensor}.shift")
+            # Not a Sub: OpenVINO takes that for the zero point of a dequantization, and then fails to compile graphs
+            # whose attention is quantized ("convert->constant_fold").  Adding the negative is the same to the bit.
+            row = lowering.lookup(f"{tensor}.minus_centre", -centre)
+            moved = lowering.node(node, "Add", [shift, row], f"{tensor}.shift")
             moved.type, moved.shape = shift.type, shift.shape
         node.replace_input_with(index, moved)
         value.name = f"{tensor}.centred"

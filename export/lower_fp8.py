@@ -11,58 +11,28 @@ They are exact in every float type.  Quantizers are symmetric, biases stay float
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from quantempo.contracts.plan import QuantPlan
-from quantempo.contracts.table import ScaleTable
 from quantempo.export.fp8 import E4M3_MAX, fp8_scale, fp8_weights
 from quantempo.export.lower_portable import Rescaled, product
-from quantempo.export.lowering import ActivationKey, Lowering, LoweringOptions, PlacedSite, describe
-from quantempo.export.weights import QuantizedWeight
+from quantempo.export.lowering import ActivationKey, Lowering, PlacedSite, describe, dialect
 
 SPREAD = 2.0**6
 """Ratio of the largest to the smallest abs-max over the groups from which on a tensor is rescaled per group."""
 
 
-def lower_fp8(
-    model: ir.Model,
-    plan: QuantPlan,
-    table: ScaleTable,
-    weights: Mapping[str, QuantizedWeight] | None = None,
-    options: LoweringOptions | None = None,
-) -> ir.Model:
-    """The quantized graph in E4M3; on a device without FP8 it is simulated.
-
-    Args:
-        model: float graph in normal form; it is left as it is.
-        plan: what to quantize.
-        table: scales of exactly the plan's tensors; the symmetric ones are used.
-        weights: from `fp8_weights(model, plan)`; computed here where absent.
-        options: see there.
-
-    Returns:
-        A new model with the further input `scale_group` (int64, shape `()`).
-
-    Raises:
-        NoSites: the plan quantizes nothing.
-        ScaleMissing: table and plan name different tensors.
-        PlanError: the plan does not fit the graph, or asks for fewer than 8 bits.
-    """
-    options = options or LoweringOptions()
-    if weights is None and options.quantization:
-        weights = fp8_weights(model, plan)
-    lowering = Lowering.start(model, plan, table, weights or {}, options)
+@dialect(fp8_weights)
+def lower_fp8(lowering: Lowering) -> ir.Model:
+    """The quantized graph in E4M3, from the symmetric scales; on a device without FP8 it is simulated."""
     done: dict[str, Rescaled] = {}
     for place in lowering.places:
         if place.site.tensor not in done:
             done[place.site.tensor] = _quantize(lowering, place)
         product(lowering, place, done[place.site.tensor])
-    outputs = {site.output for site in plan.quantized() if site.op == "conv"}
+    outputs = {site.output for site in lowering.plan.quantized() if site.op == "conv"}
     return lowering.finish("fp8", unused=outputs - done.keys())
 
 

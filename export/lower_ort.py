@@ -17,49 +17,23 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from quantempo.contracts.plan import QuantPlan
-from quantempo.contracts.table import ScaleTable
 from quantempo.export.for_ort import tune
 from quantempo.export.lowering import (
     CONTRIB,
     ActivationKey,
     Lowering,
-    LoweringOptions,
     PlacedSite,
     describe,
+    dialect,
 )
-from quantempo.export.weights import QuantizedWeight
 
 Quantizer = tuple[ir.Value, ir.Value]
 """Scale and zero point, as values of the graph."""
 
 
-def lower_ort(
-    model: ir.Model,
-    plan: QuantPlan,
-    table: ScaleTable,
-    weights: Mapping[str, QuantizedWeight] | None = None,
-    options: LoweringOptions | None = None,
-) -> ir.Model:
-    """The quantized graph for ONNX Runtime.
-
-    Args:
-        model: float graph in normal form; it is left as it is.
-        plan: what to quantize.
-        table: scales of exactly the plan's tensors.
-        weights: from `quantize_weights(model, plan)`; computed here where absent.  Pass them to share the bytes with
-            the other dialect.
-        options: see there.
-
-    Returns:
-        A new model with the further input `scale_group` (int64, shape `()`).
-
-    Raises:
-        NoSites: the plan quantizes nothing.
-        ScaleMissing: table and plan name different tensors.
-        PlanError: the plan does not fit the graph.
-    """
-    lowering = Lowering.start(model, plan, table, weights, options or LoweringOptions())
+@dialect()
+def lower_ort(lowering: Lowering) -> ir.Model:
+    """The quantized graph for ONNX Runtime."""
     if lowering.options.quantization:
         _integers(lowering)
     else:

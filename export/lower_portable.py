@@ -19,59 +19,34 @@ Fewer than 8 activation bits are simulated: a `Clip` in front of the 8-bit quant
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from quantempo.contracts.plan import QuantPlan, Site
-from quantempo.contracts.table import ScaleTable
+from quantempo.contracts.plan import Site
 from quantempo.export.lowering import (
     GROUP_INPUT,
     ActivationKey,
     Lowering,
-    LoweringOptions,
     PlacedSite,
     describe,
+    dialect,
 )
-from quantempo.export.weights import QuantizedWeight, output_axis, weight_of
+from quantempo.export.weights import output_axis, weight_of
 
 
-def lower_portable(
-    model: ir.Model,
-    plan: QuantPlan,
-    table: ScaleTable,
-    weights: Mapping[str, QuantizedWeight] | None = None,
-    options: LoweringOptions | None = None,
-) -> ir.Model:
-    """The quantized graph in standard ONNX.
-
-    Args:
-        model: float graph in normal form; it is left as it is.
-        plan: what to quantize.
-        table: scales of exactly the plan's tensors.
-        weights: from `quantize_weights(model, plan)`; computed here where absent.  Pass them to share the bytes with
-            the other dialect.
-        options: see there.
-
-    Returns:
-        A new model with the further input `scale_group` (int64, shape `()`).
-
-    Raises:
-        NoSites: the plan quantizes nothing.
-        ScaleMissing: table and plan name different tensors.
-        PlanError: the plan does not fit the graph.
-    """
-    lowering = Lowering.start(model, plan, table, weights, options or LoweringOptions())
+@dialect()
+def lower_portable(lowering: Lowering) -> ir.Model:
+    """The quantized graph in standard ONNX."""
     rescaled: dict[ActivationKey, Rescaled] = {}
     for place in lowering.places:
         key = activation_key(place)
         if key not in rescaled:
             rescaled[key] = _quantize(lowering, place, key)
         product(lowering, place, rescaled[key])
-    outputs = {site.output for site in plan.quantized() if site.op == "conv"}
+    outputs = {site.output for site in lowering.plan.quantized() if site.op == "conv"}
     read = {key.tensor for key in rescaled}
     _share_look_ups(lowering)
     return lowering.finish("portable", unused=outputs - read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -10,10 +10,9 @@ import onnx_ir as ir
 from quantempo.contracts.plan import Decision, QuantPlan, Share
 from quantempo.contracts.table import ScaleTable
 from quantempo.export.centring import check_centred
+from quantempo.export.lowering import Lower
 from quantempo.export.passes.name_values import is_site
 from quantempo.export.weights import QuantizedWeight
-
-Lower = Callable[[ir.Model, QuantPlan, ScaleTable, Mapping[str, QuantizedWeight]], ir.Model]
 
 
 def lower_variant(

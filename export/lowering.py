@@ -7,9 +7,10 @@ values, so that a tensor can be compared between the float and the quantized gra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -113,7 +114,7 @@ class Lowering:
         model: ir.Model,
         plan: QuantPlan,
         table: ScaleTable,
-        weights: Mapping[str, QuantizedWeight] | None,
+        weights: Mapping[str, QuantizedWeight],
         options: LoweringOptions,
     ) -> Lowering:
         """Copy the graph, find the sites and check that plan, table and graph belong together.
@@ -137,8 +138,7 @@ class Lowering:
                 "lowering option group", found=str(options.group), wanted=f"0 to {table.partition.groups - 1}",
                 cause="the table has fewer groups", remedy="choose a group of the partition",
             )
-        prepared = quantize_weights(model, plan) if weights is None and options.quantization else weights or {}
-        lowering = Lowering(model.clone(), plan, table, prepared, options)
+        lowering = Lowering(model.clone(), plan, table, weights, options)
         lowering._place()
         if options.group is None:
             lowering._group = ir.Value(
@@ -344,6 +344,66 @@ class Lowering:
         missed = set(self.table.tensors) - self._consumed - unused
         if self.options.quantization and missed:
             raise _broken("scales", f"unused scales of {', '.join(sorted(missed))}", "every scale used")
+
+
+class Lower(Protocol):
+    """How every dialect is lowered."""
+
+    def __call__(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        table: ScaleTable,
+        weights: Mapping[str, QuantizedWeight] | None = None,
+        options: LoweringOptions | None = None,
+    ) -> ir.Model:
+        """The quantized graph.
+
+        Args:
+            model: float graph in normal form; it is left as it is.
+            plan: what to quantize.
+            table: scales of exactly the plan's tensors.
+            weights: of the plan's sites, in the dialect's number format; computed here where absent.  Pass them to
+                share the bytes with another dialect.
+            options: see there.
+
+        Returns:
+            A new model with the further input `scale_group` (int64, shape `()`).
+
+        Raises:
+            NoSites: the plan quantizes nothing.
+            ScaleMissing: table and plan name different tensors.
+            PlanError: the plan does not fit the graph, or asks for bits that the dialect does not have.
+        """
+
+
+Quantizer = Callable[[ir.Model, QuantPlan], Mapping[str, QuantizedWeight]]
+
+
+def dialect(quantize: Quantizer = quantize_weights) -> Callable[[Callable[[Lowering], ir.Model]], Lower]:
+    """Makes a `Lower` of a function that edits a graph whose sites are found.
+
+    Args:
+        quantize: makes the dialect's weights.
+    """
+
+    def decorate(edit: Callable[[Lowering], ir.Model]) -> Lower:
+        @wraps(edit)
+        def lower(
+            model: ir.Model,
+            plan: QuantPlan,
+            table: ScaleTable,
+            weights: Mapping[str, QuantizedWeight] | None = None,
+            options: LoweringOptions | None = None,
+        ) -> ir.Model:
+            options = options or LoweringOptions()
+            if weights is None:
+                weights = quantize(model, plan) if options.quantization and plan.quantized() else {}
+            return edit(Lowering.start(model, plan, table, weights, options))
+
+        return lower
+
+    return decorate
 
 
 def describe(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None) -> None:

@@ -1,8 +1,11 @@
-"""Quantized attention: quantizers on queries, keys, values and probabilities of every decomposed attention.
+"""Quantized attention: quantizers on the operands of the products inside every decomposed attention.
 
 The compilers fuse the pattern into one kernel on 8-bit operands when each quantizer stands right in front of its
 product: queries scaled before they are quantized, keys transposed before, and the probabilities, which lie in [0, 1]
 whatever the data, with the constant scale 1/448 (E4M3) or 1/127 (INT8).
+
+Either both products are quantized, or the scores `Q Kᵀ` alone: in INT8 the probabilities of a row that looks at many
+tokens are a few steps of 1/127, so that the second product loses more than the first.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from quantempo.export.fp8 import LEAST_SCALE, fp8_scale
 from quantempo.export.passes.edit import add_constant, insert_node, producer, sole_reader
 
 Format = Literal["fp8", "int8"]
+Products = Literal["both", "scores"]
+"""Which of attention's two products are quantized."""
 
 MARGIN = {"fp8": 2.0, "int8": 1.0}
 """Factor on the calibrated abs-max: room that costs nothing in a floating-point format, and half a bit in INT8."""
@@ -29,7 +34,8 @@ PROBABILITY = {"fp8": np.float32(1 / 448), "int8": np.float32(1 / 127)}
 """Scale of the probabilities."""
 HEAD_SIZES = {"fp8": (9, 256), "int8": (9, 256)}
 LONGEST = {"fp8": 1 << 30, "int8": 512}
-"""Head sizes and sequence lengths for which the fused kernels exist and pay (docs/dialects.md)."""
+"""Head sizes and sequence lengths for which the fused kernels exist and pay (docs/dialects.md); for scores alone any
+length pays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +61,15 @@ class Attention:
         return query, key, value
 
 
-def find_attention(model: ir.Model, kind: Format | None = None) -> tuple[Attention, ...]:
+def find_attention(
+    model: ir.Model, kind: Format | None = None, products: Products = "both"
+) -> tuple[Attention, ...]:
     """Every `MatMul(Softmax(MatMul(q, k) [+ mask]), v)` on computed operands of rank 4, in graph order.
 
     Args:
         model: float or lowered graph.
         kind: leave out those whose head size or length does not suit this format.
+        products: what is to be quantized.
     """
     found = []
     for node in model.graph:
@@ -75,32 +84,37 @@ def find_attention(model: ir.Model, kind: Format | None = None) -> tuple[Attenti
             continue
         attention = Attention(scores, mix, node.outputs[0])
         computed = not any(value.is_initializer() for value in attention.operands)
-        if computed and (kind is None or _suits(attention, kind)):
+        if computed and (kind is None or _suits(attention, kind, products)):
             found.append(attention)
     return tuple(found)
 
 
-def _suits(attention: Attention, kind: Format) -> bool:
+def _suits(attention: Attention, kind: Format, products: Products) -> bool:
     query, key, _ = attention.operands
     if query.shape is None or key.shape is None or len(query.shape) != 4 or len(key.shape) != 4:
         return False
     size, length = query.shape[-1], key.shape[-1]
     low, high = HEAD_SIZES[kind]
-    return isinstance(size, int) and low <= size <= high and (not isinstance(length, int) or length <= LONGEST[kind])
+    short = products == "scores" or not isinstance(length, int) or length <= LONGEST[kind]
+    return isinstance(size, int) and low <= size <= high and short
 
 
-def attention_tensors(model: ir.Model, kind: Format) -> tuple[str, ...]:
+def attention_tensors(model: ir.Model, kind: Format, products: Products = "both") -> tuple[str, ...]:
     """The tensors whose abs-max `quantize_attention` needs, sorted."""
-    return tuple(sorted({str(v.name) for a in find_attention(model, kind) for v in a.operands}))
+    count = 3 if products == "both" else 2
+    return tuple(sorted({str(v.name) for a in find_attention(model, kind, products) for v in a.operands[:count]}))
 
 
-def quantize_attention(model: ir.Model, ranges: Mapping[str, float], kind: Format) -> int:
+def quantize_attention(
+    model: ir.Model, ranges: Mapping[str, float], kind: Format, products: Products = "both"
+) -> int:
     """Put the quantizers in, in place.
 
     Args:
         model: a lowered graph, float32.
         ranges: calibrated abs-max by value name.
         kind: number format.
+        products: which of the two products are quantized.
 
     Returns:
         How many attentions are quantized.
@@ -108,13 +122,15 @@ def quantize_attention(model: ir.Model, ranges: Mapping[str, float], kind: Forma
     Raises:
         ScaleMissing: an operand has no range.
     """
-    found = find_attention(model, kind)
+    found = find_attention(model, kind, products)
     for attention in found:
-        for node, index, value in zip(
-            (attention.scores, attention.scores, attention.mix), (0, 1, 1), attention.operands, strict=True
-        ):
-            _put(model.graph, node, index, _scale(str(value.name), ranges, kind), kind)
-        _put(model.graph, attention.mix, 0, PROBABILITY[kind], kind)
+        query, key, value = attention.operands
+        places = [(attention.scores, 0, query), (attention.scores, 1, key)]
+        if products == "both":
+            places.append((attention.mix, 1, value))
+            _put(model.graph, attention.mix, 0, PROBABILITY[kind], kind)
+        for node, index, operand in places:
+            _put(model.graph, node, index, _scale(str(operand.name), ranges, kind), kind)
     return len(found)
 
 
@@ -128,6 +144,15 @@ def stored_ranges(model: ir.Model, kind: Format) -> dict[str, float]:
             # A hair less: the scale is rounded up to the next number of the format, and must be this one again.
             found[operand] = scale * TOP[kind] / MARGIN[kind] * (1 - 2.0**-20)
     return found
+
+
+def stored_products(model: ir.Model) -> Products | None:
+    """Which products of a graph's attention are quantized; `None` for neither."""
+    ending = f"{SUFFIX}.scale"
+    scaled = {name.removesuffix(ending) for name in model.graph.initializers if name.endswith(ending)}
+    if not scaled:
+        return None
+    return "both" if any(n.op_type == "Softmax" and n.outputs[0].name in scaled for n in model.graph) else "scores"
 
 
 def _scale(name: str, ranges: Mapping[str, float], kind: Format) -> np.float32:

@@ -126,11 +126,11 @@ def compile_model(
         plan = plan if cut is None else cut.keep_free(plan)
         view = float_view(exported, recipe)
         collected, table, weights, keys = _numbers(store, exported, view, plan, taps, opened, loop)
-        guarded = guard_stage(exported, plan, table, weights, mode, recipe.threads, progress)
+        choice = _with_ranges(choice, exported, view, opened, progress)
+        guarded = guard_stage(exported, plan, table, weights, choice, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
         parts = CacheParts(exported, plan, table, weights, collected.statistics, view.manifest, recipe, given)
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
-        choice = _with_ranges(choice, exported, view, opened, progress)
         with progress.stage("write", WRITES), BundleWriter(out, overwrite=overwrite) as writer:
             manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache)
             if recipe.reference:

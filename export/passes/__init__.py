@@ -8,6 +8,7 @@ from quantempo.export.passes.cut_output import CutOutputChannels
 from quantempo.export.passes.einsum_to_transpose import EinsumToTranspose
 from quantempo.export.passes.exporter_metadata import KeepModulePaths
 from quantempo.export.passes.fold_constants import FoldConstants
+from quantempo.export.passes.gelu_as_sigmoid import GeluAsSigmoid
 from quantempo.export.passes.group_norm import GroupNormToInstanceNorm
 from quantempo.export.passes.name_values import NameValues
 from quantempo.export.passes.remove_dead import RemoveDead
@@ -19,7 +20,7 @@ from quantempo.export.passes.split_sequences import SplitSequences
 from quantempo.export.passes.unsqueeze_before_split import UnsqueezeBeforeSplit
 from quantempo.export.passes.weights import FoldWeightTransposes, GemmToMatMul
 
-__all__ = ["GraphPass", "GroupNormToInstanceNorm", "Violation", "normal_form", "run_passes"]
+__all__ = ["GeluAsSigmoid", "GraphPass", "GroupNormToInstanceNorm", "Violation", "normal_form", "run_passes"]
 
 
 def normal_form(output_channels: int | None = None) -> tuple[GraphPass, ...]:

@@ -30,6 +30,7 @@ from quantempo.engines.guard import Timing, Variant, Verdict, compare
 from quantempo.engines.regions import Region, RegionVerdict, revert_losing, time_regions
 from quantempo.engines.registry import open_engine, preferred_dialect
 from quantempo.errors import NoSites, RequestError, nearest
+from quantempo.stages.dialects import GraphChoice, lower_graphs
 
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
@@ -113,6 +114,7 @@ class Subject:
         graph: float graph in normal form.
         denoiser: how it is fed.
         plan, table, weights: what the quantized graphs are lowered from.
+        choice: how they are lowered.
         threads: engine threads.
     """
 
@@ -121,6 +123,7 @@ class Subject:
     plan: QuantPlan
     table: ScaleTable
     weights: Mapping[str, QuantizedWeight]
+    choice: GraphChoice
     threads: int = 0
 
 
@@ -140,11 +143,11 @@ def guard_mode(given: str | None) -> GuardMode:
 
 
 def guard_stage(
-    exported: Exported, plan: QuantPlan, table: ScaleTable, weights: Mapping[str, QuantizedWeight], mode: GuardMode,
-    threads: int, progress: Progress,
+    exported: Exported, plan: QuantPlan, table: ScaleTable, weights: Mapping[str, QuantizedWeight],
+    choice: GraphChoice, mode: GuardMode, threads: int, progress: Progress,
 ) -> Guarded:
     """`settle`, as the stage of a compile; nothing is shown where the guard is off."""
-    subject = Subject(exported.graph, exported.denoiser, plan, table, weights, threads)
+    subject = Subject(exported.graph, exported.denoiser, plan, table, weights, choice, threads)
     if mode == "off":
         return settle(subject, mode)
     with progress.stage("latency guard", "timings are never reused"):
@@ -283,12 +286,11 @@ class _Maker:
 
     def _lowered(self, sites: frozenset[str]) -> Graph:
         from quantempo.export.for_ort import for_onnxruntime
-        from quantempo.export.lower_ort import lower_ort
-        from quantempo.export.lower_portable import lower_portable
 
         subject = self._subject
         if not sites:
             return for_onnxruntime(subject.graph) if self._dialect == "ort" else subject.graph
         plan, table = restricted(subject.plan, subject.table, sites, "left out of a timing")
-        lower = lower_ort if self._dialect == "ort" else lower_portable
-        return lower(subject.graph, plan, table, subject.weights)
+        choice = replace(subject.choice, names=(f"{self._dialect}-f32",))
+        (lowered,) = lower_graphs(subject.graph, plan, table, subject.weights, choice).values()
+        return lowered

@@ -18,6 +18,7 @@ from quantempo.recipe import Recipe
 
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
+    from quantempo.export.quantize_attention import Products
     from quantempo.export.weights import QuantizedWeight
 
 Attention = Literal["auto", "float", "quantized"]
@@ -30,6 +31,8 @@ KNOWN = {
     "fp8": (*BASE["fp8"], "fp8-f16", "fp8-bf16"),
 }
 """All graphs of a precision."""
+OPENVINO = "portable-f32"
+"""The graph that OpenVINO runs; every target of TensorRT has a half-precision one of its own."""
 _DIALECTS = {"int8": ("ort", "portable", "unfold"), "fp8": ("fp8",)}
 
 
@@ -39,7 +42,7 @@ class GraphChoice:
 
     Args:
         names: `DIALECT-TYPE`, sorted, each once.
-        attention: whether attention is quantized; `auto` for FP8 alone (docs/dialects.md).
+        attention: whether attention is quantized; `auto` as it pays on the engines (docs/dialects.md).
         old_parser: rewrite what TensorRT before 10.9 cannot read.
         ranges: calibrated abs-max of the float graph's values, for float16 and quantized attention.
     """
@@ -52,7 +55,7 @@ class GraphChoice:
     @property
     def needs_ranges(self) -> bool:
         """Whether a range scan is needed."""
-        return any(name.endswith("-f16") or quantizes_attention(name, self.attention) for name in self.names)
+        return any(name.endswith("-f16") or attention_products(name, self.attention) for name in self.names)
 
 
 def chosen_graphs(recipe: Recipe) -> GraphChoice:
@@ -97,10 +100,18 @@ def split_name(name: str) -> tuple[str, FloatType]:
     return dialect, FLOAT_TYPES[short or "f32"]
 
 
-def quantizes_attention(name: str, attention: Attention) -> bool:
-    """Whether the attention of a graph is quantized: on request with INT8 for compilers, by default in `fp8`."""
+def attention_products(name: str, attention: Attention) -> Products | None:
+    """Which products inside the attention of a graph are quantized; `None` for neither.
+
+    By default both in `fp8`, and the scores in `portable-f32`: that is the graph of OpenVINO, where they pay on every
+    shape that was timed (docs/openvino.md).  On request both in the INT8 graphs of all compilers.
+    """
     dialect = split_name(name)[0]
-    return attention != "float" if dialect == "fp8" else dialect != "ort" and attention == "quantized"
+    if attention == "float" or dialect == "ort":
+        return None
+    if dialect == "fp8" or attention == "quantized":
+        return "both"
+    return "scores" if name == OPENVINO else None
 
 
 def scanned_tensors(graph: Graph, choice: GraphChoice) -> dict[str, int]:
@@ -110,7 +121,11 @@ def scanned_tensors(graph: Graph, choice: GraphChoice) -> dict[str, int]:
 
     if not choice.needs_ranges:
         return {}
-    wanted = {*attention_tensors(graph, "fp8"), *attention_tensors(graph, "int8")}
+    wanted = set[str]()
+    for name in choice.names:
+        products = attention_products(name, choice.attention)
+        if products is not None:
+            wanted.update(attention_tensors(graph, "fp8" if split_name(name)[0] == "fp8" else "int8", products))
     everything = any(name.endswith("-f16") for name in choice.names)
     return {name: size for name, size in float_values(graph).items() if everything or name in wanted}
 
@@ -153,7 +168,7 @@ def _lower(
     from quantempo.export.lower_ort import lower_ort
     from quantempo.export.lower_portable import lower_portable
     from quantempo.export.lower_variant import variant_table
-    from quantempo.export.passes import GroupNormToInstanceNorm
+    from quantempo.export.passes import GeluAsSigmoid, GroupNormToInstanceNorm
     from quantempo.export.passes.base import run_passes
     from quantempo.export.quantize_attention import quantize_attention
     from quantempo.export.unfold import UnfoldConvolutions
@@ -164,8 +179,11 @@ def _lower(
     lowered = lowerings[dialect](graph, plan, variant_table(table, plan), weights)
     if dialect == "unfold":
         run_passes(lowered, (UnfoldConvolutions(),))
-    if quantizes_attention(name, choice.attention):
-        quantize_attention(lowered, choice.ranges, "fp8" if dialect == "fp8" else "int8")
+    products = attention_products(name, choice.attention)
+    if products is not None:
+        quantize_attention(lowered, choice.ranges, "fp8" if dialect == "fp8" else "int8", products)
+    if name == OPENVINO:
+        run_passes(lowered, (GeluAsSigmoid(),))
     if choice.old_parser and dialect == "portable":
         GroupNormToInstanceNorm().apply(lowered)
     if kind != "float32":

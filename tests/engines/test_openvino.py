@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.quant_graphs import GraphMaker, min_max_table, run, sqnr_db
+from support.quant_graphs import GraphMaker, min_max_table, run, sqnr_db, tap
 
 from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.plan import Keep
 from quantempo.engines import openvino
+from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.registry import open_engine
 from quantempo.errors import EngineError, UnsafePath
 from quantempo.export.graph_files import write_graphs
 from quantempo.export.lower_ort import lower_ort
 from quantempo.export.lower_portable import lower_portable
+from quantempo.export.quantize_attention import attention_tensors, quantize_attention
 
 # Not `importorskip`: a plain import of the library reports itself to its vendor.
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -247,3 +250,47 @@ def test_importing_the_library_reports_nothing_to_anybody() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def attention_graph() -> GraphMaker:
+    """A modulated input, which is centred, and two heads that look at it."""
+    maker = GraphMaker({"x": (2, 16, 64), "shift": (2, 1, 64)})
+    modulated = maker.op("Add", [maker.inputs["x"], maker.inputs["shift"]], "modulated")
+    shape = maker.constant("heads", np.array([0, 0, 2, 32]))
+
+    def part(name: str, *perm: int) -> ir.Value:
+        split = maker.op("Reshape", [maker.matmul(modulated, 64, 64, name), shape], f"{name}.heads")
+        return maker.op("Transpose", [split], f"{name}.t", perm=list(perm))
+
+    query = maker.op("Mul", [part("q", 0, 2, 1, 3), maker.constant("scale", np.float32(32**-0.5))], "query")
+    scores = maker.op("MatMul", [query, part("k", 0, 2, 3, 1)], "scores")
+    weights = maker.op("Softmax", [scores], "p", axis=-1)
+    mixed = maker.op("MatMul", [weights, part("v", 0, 2, 1, 3)], "mixed")
+    maker.result = maker.op("Transpose", [mixed], "tokens", perm=[0, 2, 1, 3])
+    return maker
+
+
+@pytest.mark.parametrize("products", ["scores", "both"])
+def test_quantized_attention_computes_in_integers_on_a_centred_input_with_groups(tmp_path: Path, products: str) -> None:
+    maker = attention_graph()
+    model, plan = maker.model(maker.result), replace(maker.plan(), centred=("modulated",))
+    rng = np.random.default_rng(0)
+    inputs = [
+        {"x": rng.standard_normal((2, 16, 64)).astype(np.float32) * (1 + group),
+         "shift": np.repeat(rng.standard_normal((1, 1, 64)).astype(np.float32), 2, 0)}
+        for group in range(3)
+    ]
+    table = min_max_table(model, plan, inputs)
+    centres = {"modulated": np.stack([given["shift"][0, 0] for given in inputs])}
+    tensors = {n: replace(s, centre=centres.get(n)) for n, s in table.tensors.items()}
+    lowered = lower_portable(model, plan, replace(table, tensors=tensors))
+    runs = [tap(model, given, list(attention_tensors(model, "int8"))) for given in inputs]
+    ranges = {name: max(float(np.abs(run[name]).max()) for run in runs) for name in runs[0]}
+    assert quantize_attention(lowered, ranges, "int8", products) == 1  # type: ignore[arg-type]
+    write_graphs(tmp_path, {"attention": lowered})
+    path = tmp_path / "attention.onnx"
+    assert openvino.sites_in_float(path, ONE, {}) == ()
+    assert len(read_graph(path).quantized_products()) == (5 if products == "both" else 4)
+    for group, given in enumerate(inputs):
+        (found,) = open_engine("openvino", path, ONE).run({**given, "scale_group": np.array(group)}).values()
+        assert sqnr_db(run(model, given)[0], found) > 25, group

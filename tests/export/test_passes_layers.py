@@ -6,7 +6,7 @@ import pytest
 from support.onnxruntime_run import relative_difference, run_model
 from support.tiny_graphs import graph_of, normal
 
-from quantempo.export.passes import GroupNormToInstanceNorm, run_passes
+from quantempo.export.passes import GeluAsSigmoid, GroupNormToInstanceNorm, run_passes
 from quantempo.export.passes.attention import CollapseTransposes, MergeAttentionScales
 from quantempo.export.passes.cut_output import CutOutputChannels
 from quantempo.export.passes.einsum_to_transpose import EinsumToTranspose
@@ -270,3 +270,25 @@ def test_cut_of_anything_else_is_a_slice():
 def test_cut_to_what_is_there_changes_nothing():
     model = graph_of("g (float[batch, 4, 2, 2] x) => (float[batch, 4, 2, 2] y) { y = Sigmoid(x) }")
     assert run_passes(model, [CutOutputChannels(4)]) == (("CutOutputChannels", 0),)
+
+
+@pytest.mark.parametrize(("approximate", "factor", "rewritten"), [
+    ("tanh", "float[1] f", True), ("none", "float[1] f", False), ("tanh", "float[4] f", False), ("tanh", "", False),
+])  # fmt: skip
+def test_gelu_behind_a_looked_up_factor_is_a_sigmoid(approximate, factor, rewritten):
+    inputs = f"float[batch, 5] x{', ' if factor else ''}{factor}"
+    stored = {} if factor else {"f": np.full(1, 1.3, np.float32)}
+    model = graph_of(
+        f"""g ({inputs}, float[5, 4] w, float[4] b{'' if factor else ', float[1] f'}) => (float[batch, 4] y) {{
+            p = MatMul(x, w)
+            m = Mul(p, f)
+            a = Add(m, b)
+            g = Gelu <approximate = "{approximate}"> (a)
+            y = Add(g, b)
+        }}""",
+        {"w": normal(5, 4) * 3, "b": normal(4, seed=1), **stored},
+    )
+    factors = {"f": np.abs(normal(4 if "4" in factor else 1, seed=2)) + 0.5} if factor else {}
+    assert change(model, [GeluAsSigmoid()], {"x": normal(64, 5) * 3, **factors}) <= 2e-6
+    assert ("Gelu" not in ops(model)) == rewritten
+    assert "g" in {value.name for node in model.graph for value in node.outputs}

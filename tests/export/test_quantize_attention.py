@@ -12,6 +12,7 @@ from quantempo.export.quantize_attention import (
     attention_tensors,
     find_attention,
     quantize_attention,
+    stored_products,
     stored_ranges,
 )
 
@@ -104,3 +105,20 @@ def test_ranges_can_be_read_back_from_the_graph(kind: str) -> None:
             assert value.const_value is not None
             assert again is not None
             np.testing.assert_allclose(again.numpy(), value.const_value.numpy(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("length", [12, 520])
+def test_scores_alone_are_quantized_at_any_length_and_lose_less(length: int) -> None:
+    model = attention(length=length)
+    assert attention_tensors(model, "int8", "scores") == ("k.t", "query")
+    seen = tap(model, feeds(model), ["k.t", "query", "v.t"])
+    scales = {name: float(np.abs(values).max()) for name, values in seen.items()}
+    exact, errors = run(model, feeds(model))[0], {}
+    for products in ("scores", "both"):
+        copy = model.clone()
+        quantized = quantize_attention(copy, scales, "int8", products)  # type: ignore[arg-type]
+        assert quantized == (products == "scores" or length <= 512)
+        assert stored_products(copy) == (products if quantized else None)
+        errors[products] = sqnr_db(exact, run(copy, feeds(model), optimize=False)[0]) if quantized else -np.inf
+    assert errors["scores"] > errors["both"] + 2
+    assert stored_products(model) is None

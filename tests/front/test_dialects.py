@@ -26,7 +26,7 @@ from quantempo.pipeline import compile_model
 from quantempo.recipe import Recipe
 from quantempo.report import ReportOptions, write_report
 from quantempo.runtime.bundle import OpenBundle
-from quantempo.stages.dialects import GraphChoice, chosen_graphs, quantizes_attention
+from quantempo.stages.dialects import GraphChoice, attention_products, chosen_graphs
 
 ONE = EngineOptions(threads=1)
 SMALL: dict[str, Any] = {"samples": 8, "batch": 4, "steps": (4,), "guidance": (1.5,), "max_steps": 6, "threads": 1}
@@ -166,7 +166,9 @@ def test_half_graphs_are_as_close_to_the_float_model_as_float_graphs(bundles: di
         assert max(errors[1:]) < 1.5 * errors[0] + 1e-4, (kind, errors)
 
 
-def test_attention_is_quantized_in_fp8_and_on_request(bundles: dict[str, OpenBundle]) -> None:
+def test_attention_is_quantized_in_fp8_its_scores_for_openvino_and_all_on_request(
+    bundles: dict[str, OpenBundle]
+) -> None:
     def inner(name: str, kind: str) -> int:
         structure = read_graph(graphs(bundles[kind])[name])
         return sum(
@@ -176,9 +178,12 @@ def test_attention_is_quantized_in_fp8_and_on_request(bundles: dict[str, OpenBun
 
     attentions = Counter(n.op_type for n in read_graph(graphs(bundles["int8"])["full.portable-f32"]).nodes)["Softmax"]
     assert inner("full.fp8-f32", "fp8") == inner("full.fp8-f16", "fp8") == 2 * attentions
-    assert inner("full.portable-f32", "int8") == 0
-    assert quantizes_attention("portable-f16", "quantized")
-    assert not quantizes_attention("fp8-f16", "float")
+    assert inner("full.portable-f32", "int8") == attentions
+    assert inner("full.portable-f16", "int8") == 0
+    assert attention_products("portable-f16", "quantized") == attention_products("portable-f32", "quantized") == "both"
+    assert attention_products("portable-f32", "auto") == "scores"
+    assert attention_products("fp8-f16", "float") is attention_products("portable-f32", "float") is None
+    assert attention_products("portable-bf16", "auto") is attention_products("ort-f32", "quantized") is None
 
 
 def test_fp8_on_a_cpu_says_that_it_is_simulated(bundles: dict[str, OpenBundle]) -> None:

@@ -27,10 +27,12 @@ from quantempo.engines.guard import Timing
 from quantempo.errors import NoSites, RequestError
 from quantempo.export import for_ort, lower_ort
 from quantempo.export.graph_files import load_graph
+from quantempo.export.quantize_attention import stored_ranges
 from quantempo.export.weights import stored_weights
 from quantempo.inspection import load_plan
 from quantempo.pipeline import compile_model
 from quantempo.runtime.bundle import OpenBundle, read_bundle
+from quantempo.stages.dialects import GraphChoice
 
 QUICK = Timing(rounds=5, warmup=1, sample_s=0.004, margin=0.02, clock=time.process_time)
 """One thread's own time: what else the machine does must not decide a test."""
@@ -43,7 +45,8 @@ def subject_of(bundle: OpenBundle) -> Subject:
     assert table is not None
     graph = load_graph(reference.path("graphs/full.float-f32.onnx"))
     weights = stored_weights(load_graph(bundle.path("graphs/full.ort-f32.onnx")), plan)
-    return Subject(graph, reference.manifest.denoiser, plan, table, weights, threads=1)
+    choice = GraphChoice((), ranges=stored_ranges(load_graph(bundle.path("graphs/full.portable-f32.onnx")), "int8"))
+    return Subject(graph, reference.manifest.denoiser, plan, table, weights, choice, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,9 @@ def test_float16_needs_every_tensor_and_fp8_those_of_attention(reference: OpenBu
     assert wanted(reference, "ort-f32", "portable-bf16") == {}
     assert set(attention) < set(every)
     assert len(attention) == 3 * 2  # queries, keys and values of two blocks
+    scores = wanted(reference, "ort-f32", "portable-f32")
+    assert len(scores) == 2 * 2
+    assert set(scores) < set(attention)
     assert all(elements > 0 for elements in every.values())
 
 
