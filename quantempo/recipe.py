@@ -19,7 +19,7 @@ class Recipe:
         precision: `int8`, `fp8` (simulated on a CPU), or `float32` for a float bundle.
         targets: devices whose graphs the bundle holds on top of those for the CPU; see `quantempo targets`.
         graphs: further graphs by name, e.g. `portable-bf16`; see docs/dialects.md.
-        attention: `quantized`, `float`, or `auto` for quantized with FP8 and float with INT8.
+        attention: `quantized`, `float`, or `auto`: quantized with FP8, with INT8 the scores in the graph of OpenVINO.
         groups: `auto`, `single`, `uniform:G` or `optimal:G`.
         range_method: how activations are clipped; see `quantempo.calib.ranges`.
         activation_bits: 8, or fewer (simulated in 8-bit storage).
