@@ -16,15 +16,19 @@ def test_an_unknown_backend_is_refused_with_the_nearest(tmp_path: Path) -> None:
         registry.open_engine("orrt", tmp_path)
 
 
+@pytest.mark.parametrize(("backend", "package", "extra"), [
+    ("ort", "onnxruntime", "cpu"), ("openvino", "openvino", "openvino"),
+])  # fmt: skip
 def test_a_backend_that_is_not_installed_names_the_pip_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, package: str, extra: str
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
-    with pytest.raises(MissingExtra, match=r"no installed package 'onnxruntime'[\s\S]*pip install 'quantempo\[cpu\]'"):
-        registry.open_engine("ort", tmp_path / "g.onnx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    words = rf"no installed package '{package}'[\s\S]*pip install 'quantempo\[{extra}\]'"
+    with pytest.raises(MissingExtra, match=words):
+        registry.open_engine(backend, tmp_path / "g.onnx")
     assert "echo" in registry.installed_backends()
-    assert "ort" not in registry.installed_backends()
+    assert backend not in registry.installed_backends()
 
 
 def test_looking_at_the_backends_imports_none_of_them() -> None:
