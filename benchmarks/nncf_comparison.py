@@ -125,6 +125,9 @@ def main() -> None:
     parser.add_argument("--demos", nargs="+", choices=["dit", "unet"], default=["dit", "unet"])
     parser.add_argument("--samples", type=int, default=100, help="held-out seeds")
     parser.add_argument("--rows", type=int, default=1000, help="calibration rows for NNCF, whose default is 300")
+    parser.add_argument("--trajectories", type=int, default=0, help="that the rows are drawn from; 0 for all of ours")
+    parser.add_argument("--hints", nargs="+", choices=openvino_speed.HINTS, default=openvino_speed.HINTS)
+    parser.add_argument("--bundles", type=Path, help="folder of compiled demo bundles; they are compiled where absent")
     parser.add_argument("--threads", type=int, default=0, help="while calibrating and sampling")
     options = parser.parse_args()
 
@@ -184,9 +187,13 @@ def fidelity(name: str, scratch: Path, options: argparse.Namespace) -> dict[str,
     """Same-seed PSNR to float of our bundle and of NNCF's models, by case and type of the unquantized rest."""
     source, scheduler, recipe = quality.SOURCES[name]
     recipe = dataclasses.replace(recipe, threads=options.threads)
-    bundle = scratch / name
-    print(compile_model(source, bundle, recipe, scheduler=scheduler, progress=console_progress()).text(), flush=True)
+    bundle = (options.bundles or scratch) / name
+    if not bundle.exists():
+        summary = compile_model(source, bundle, recipe, scheduler=scheduler, progress=console_progress())
+        print(summary.text(), flush=True)
     subject = open_subject(bundle)
+    if options.trajectories:
+        recipe = dataclasses.replace(recipe, samples=options.trajectories, batch=max(1, options.trajectories // 8))
     samples = calibration_rows(subject.reference, recipe, options.rows)
     graph = subject.reference.path(subject.reference.manifest.graphs[FLOAT].file)
     kept = tuple(site.output for site in subject.plan.kept())
@@ -206,7 +213,7 @@ def fidelity(name: str, scratch: Path, options: argparse.Namespace) -> dict[str,
     with Session(subject.bundle, opener("ort"), given, "ort") as session:
         add("quantempo on ort", session)
     models = {one.label: one.quantize(graph, samples, scratch) for one in asked}
-    for hint in openvino_speed.HINTS:
+    for hint in options.hints:
         narrow = dataclasses.replace(given, settings={"precision": hint})
         with Session(subject.bundle, opener("openvino"), narrow, "portable") as session:
             add(f"quantempo, {hint} rest", session)
