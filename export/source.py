@@ -5,6 +5,7 @@ Only local files are read: no network, no remote code, no pickle.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,11 +16,30 @@ from typing import Any
 from quantempo.contracts.codec import canonical_json, parse_json
 from quantempo.errors import ModelError, NotAModelDirectory, PickleCheckpoint, UnsupportedModel, nearest
 from quantempo.export.families import FAMILIES, class_of
+from quantempo.export.sizes import latent_size
 
 DENOISER_FOLDERS = ("transformer", "unet")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DEFAULT_TOKENS = 77
-"""Length of a CLIP prompt, for a denoiser directory that comes without its text encoder."""
+CONTROL_FOLDERS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What a user adds to a model directory.
+
+    Args:
+        size: of a sample, as `quantempo.export.sizes.latent_size` reads it; empty for the model's own.
+        tokens: prompt length; 0 for the model's usual one.
+        controlnets: folders of ControlNets that become part of the graph.
+        adapters: safetensors files of IP-Adapters that become part of the graph.
+        inputs: `.npz` file with an example call, for a class that quantempo does not know.
+    """
+
+    size: str = ""
+    tokens: int = 0
+    controlnets: tuple[Path, ...] = ()
+    adapters: tuple[Path, ...] = ()
+    inputs: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,9 @@ class ModelSource:
         vae: folder of the autoencoder; `None` where there is none (the latents are the pixels).
         pipeline: class name in `model_index.json`; `None` for a denoiser directory.
         labels: class names by label (a decimal string), from a DiT pipeline's `id2label`.
-        tokens: prompt length of the text encoder.
+        tokens: prompt length that the text encoder's configuration names.
+        size: latent size of a sample that the user asked for.
+        parts: what the user added.
         variant: file variant of the denoiser's weights (`fp16` in `….fp16.safetensors`).
         digest: SHA-256 over the denoiser's configuration and weight files; not the scheduler, not the VAE.
     """
@@ -49,16 +71,19 @@ class ModelSource:
     pipeline: str | None
     digest: str
     labels: Mapping[str, str] = field(default_factory=dict)
-    tokens: int = DEFAULT_TOKENS
+    tokens: int | None = None
     variant: str | None = None
+    size: tuple[int, ...] | None = None
+    parts: ModelParts = ModelParts()
 
 
-def open_source(model: Path, scheduler: Path | None = None) -> ModelSource:
+def open_source(model: Path, scheduler: Path | None = None, parts: ModelParts | None = None) -> ModelSource:
     """Look through a model directory.
 
     Args:
         model: a pipeline directory (`model_index.json` with `transformer/` or `unet/`), or a denoiser directory
             (`config.json` and `*.safetensors`).
+        parts: what the user adds; ControlNets in the pipeline directory are added to it.
         scheduler: folder with `scheduler_config.json`; needed for a denoiser directory, an override otherwise.
 
     Raises:
@@ -66,7 +91,7 @@ def open_source(model: Path, scheduler: Path | None = None) -> ModelSource:
         PickleCheckpoint: the weights are there only as a pickle.
         UnsupportedModel: the denoiser's class is not one that quantempo knows how to feed.
     """
-    model = Path(model)
+    model, parts = Path(model), parts or ModelParts()
     _refuse_non_directory(model)
     index: Mapping[str, Any] = {}
     if (model / "model_index.json").is_file():
@@ -79,8 +104,12 @@ def open_source(model: Path, scheduler: Path | None = None) -> ModelSource:
     else:
         raise _not_a_model(model)
     config = read_json_object(denoiser / "config.json")
-    class_name = _class_name(denoiser, config)
+    class_name = _class_name(denoiser, config, parts)
     files, variant = weight_files(denoiser)
+    if index and not parts.controlnets:
+        found = tuple(model / name for name in CONTROL_FOLDERS if (model / name / "config.json").is_file())
+        parts = dataclasses.replace(parts, controlnets=found)
+    _check_files(parts)
     vae = model / "vae" if index and (model / "vae" / "config.json").is_file() else None
     if vae is not None:
         weight_files(vae)
@@ -92,10 +121,12 @@ def open_source(model: Path, scheduler: Path | None = None) -> ModelSource:
         scheduler=scheduler_folder,
         vae=vae,
         pipeline=str(index["_class_name"]) if "_class_name" in index else None,
-        digest=_digest(config, files),
+        digest=_digest(config, (*files, *_added_files(parts))),
         labels=_labels(index),
         tokens=_tokens(model),
         variant=variant,
+        size=latent_size(parts.size, class_name, None if vae is None else read_json_object(vae / "config.json")),
+        parts=parts,
     )
 
 
@@ -116,9 +147,10 @@ def open_structure(model: Path) -> ModelSource:
     index = read_json_object(model / "model_index.json") if pipeline else {}
     denoiser = _denoiser_folder(model) if pipeline else model
     config = read_json_object(denoiser / "config.json")
+    class_name = _class_name(denoiser, config, ModelParts())
     return ModelSource(
-        name=model.resolve().name, denoiser=denoiser, class_name=_class_name(denoiser, config), config=config,
-        scheduler=denoiser, vae=None, pipeline=None, digest="", labels=_labels(index), tokens=_tokens(model),
+        name=model.resolve().name, denoiser=denoiser, class_name=class_name, config=config, scheduler=denoiser,
+        vae=None, pipeline=None, digest="", labels=_labels(index), tokens=_tokens(model),
     )
 
 
@@ -248,7 +280,29 @@ def _scheduler_folder(scheduler: Path | None, model: Path) -> Path:
     )
 
 
-def _class_name(denoiser: Path, config: Mapping[str, Any]) -> str:
+def _check_files(parts: ModelParts) -> None:
+    """Refuse what the user names and is not there."""
+    for folder in parts.controlnets:
+        read_json_object(folder / "config.json")
+        weight_files(folder)
+    for path, suffix in [(path, ".safetensors") for path in parts.adapters] + [(parts.inputs, ".npz")]:
+        if path is None or (path.is_file() and path.suffix == suffix):
+            continue
+        if path.suffix in PICKLE_SUFFIXES:
+            raise _pickle(path.parent, path.name)
+        raise NotAModelDirectory(
+            str(path), found="no such file" if not path.exists() else f"a {path.suffix or 'file without suffix'}",
+            wanted=f"a {suffix} file", cause="the path is misspelt", remedy="check the path",
+        )
+
+
+def _added_files(parts: ModelParts) -> tuple[Path, ...]:
+    """All files of what the user added, which belong to the model's digest."""
+    controls = [path for folder in parts.controlnets for path in (folder / "config.json", *weight_files(folder)[0])]
+    return (*controls, *parts.adapters, *([parts.inputs] if parts.inputs else []))
+
+
+def _class_name(denoiser: Path, config: Mapping[str, Any], parts: ModelParts) -> str:
     name = class_of(config)
     if name is None:
         raise NotAModelDirectory(
@@ -256,11 +310,12 @@ def _class_name(denoiser: Path, config: Mapping[str, Any]) -> str:
             cause="this is the configuration of something else, such as a text encoder",
             remedy="give the directory of the transformer or UNet",
         )
-    if name not in FAMILIES:
+    if name not in FAMILIES and parts.inputs is None:
         raise UnsupportedModel(
             str(denoiser / "config.json"), found=f"class {name!r}", wanted="one of " + ", ".join(sorted(FAMILIES)),
-            cause="quantempo has no description of this architecture's inputs yet",
-            remedy=nearest(name, FAMILIES) + " A family is one file in export/families",
+            cause="quantempo has no description of this architecture's inputs, and makes none up",
+            remedy=nearest(name, FAMILIES) + " Or give one example call with --inputs FILE.npz: an array for each "
+            "argument of forward that the model's pipeline passes, with a batch of 2 (docs/models.md)",
         )
     return name
 
@@ -272,10 +327,10 @@ def _labels(index: Mapping[str, Any]) -> Mapping[str, str]:
     return {str(key): str(table[key]) for key in sorted(table, key=lambda k: (len(str(k)), str(k)))}
 
 
-def _tokens(model: Path) -> int:
+def _tokens(model: Path) -> int | None:
     path = model / "text_encoder" / "config.json"
     length = json.loads(path.read_bytes()).get("max_position_embeddings") if path.is_file() else None
-    return length if isinstance(length, int) else DEFAULT_TOKENS
+    return length if isinstance(length, int) else None
 
 
 def component_digest(folder: Path) -> str:

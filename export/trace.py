@@ -25,9 +25,11 @@ from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import ExportError
 from quantempo.export.capture import capture, first_line, quiet
 from quantempo.export.families import Family, family_of
+from quantempo.export.families.adapters import load_adapters
+from quantempo.export.families.unet2d_condition import CONTROL_CLASS, ControlledUNet
 from quantempo.export.passes import normal_form, run_passes
 from quantempo.export.sites import find_sites
-from quantempo.export.source import ModelSource
+from quantempo.export.source import ModelSource, weight_files
 from quantempo.export.specialise import specialised
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,15 @@ class FloatGraph:
 
 
 def load_denoiser(source: ModelSource) -> nn.Module:
-    """The denoiser in float32 and evaluation mode, from local safetensors alone."""
-    return load_component(source.class_name, source.denoiser, source.variant)
+    """The denoiser in float32 and evaluation mode, from local safetensors alone, with what was added to it."""
+    module = load_component(source.class_name, source.denoiser, source.variant)
+    if source.parts.adapters:
+        load_adapters(module, source.parts.adapters)
+    if source.parts.controlnets:
+        folders = source.parts.controlnets
+        controls = [load_component(CONTROL_CLASS, folder, weight_files(folder)[1]) for folder in folders]
+        module = ControlledUNet(module, controls).eval()
+    return module
 
 
 def load_component(class_name: str, folder: Path, variant: str | None = None) -> nn.Module:

@@ -35,6 +35,12 @@ class Recipe:
         seed: of the calibration noise; results are deterministic in it.
         selection: which calls of the trajectories are looked at; see `quantempo.calib.selection`.
         hard_cases: samples of a second round, with the conditions that the first round quantizes worst; 0 for none.
+        size: of a sample, for models that run at any: `HEIGHTxWIDTH`, `FRAMESxHEIGHTxWIDTH` or a preset's name, in
+            pixels where the model has a VAE and in latents where it has none; empty for the model's own.
+        tokens: prompt length; 0 for the model's usual one.
+        controlnets: folders of ControlNets that become part of the graph.
+        ip_adapters: files of IP-Adapters that become part of the graph.
+        inputs: `.npz` file with an example call, for a denoiser class that quantempo does not know.
         calibration: file with conditioning arrays (`.npz`) or labels (`.txt`, `.json`); see docs/recipe.md.
         rules: changes to the default plan, in order; a later one wins.
         keep, exclude: module-path patterns kept in float, whatever the rules say (one list under two names).
@@ -65,6 +71,11 @@ class Recipe:
     seed: int = 0
     selection: str = "all"
     hard_cases: int = 0
+    size: str = ""
+    tokens: int = 0
+    controlnets: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
+    inputs: str = ""
     calibration: str = ""
     rules: tuple[Rule, ...] = ()
     keep: tuple[str, ...] = ()
@@ -93,12 +104,18 @@ class Recipe:
             raise _refuse("steps", self.steps, "at least one positive step count", "give, for example, 20")
         if not self.guidance or min(self.guidance) < 0:
             raise _refuse("guidance", self.guidance, "at least one scale of 0 or more", "give, for example, 1.5")
-        if self.samples < 1 or self.batch < 1:
-            raise _refuse("samples", self.samples, "at least one sample and a batch of at least 1", "give 32")
+        _check_counts(self)
         if self.hard_cases < 0 or (self.hard_cases and self.precision != "int8"):
             raise _refuse("hard_cases", self.hard_cases, "0, or more with precision int8", "leave it out")
         _check_version(self.version)
         _check_rules(self.rules)
+
+
+def _check_counts(recipe: Recipe) -> None:
+    if recipe.samples < 1 or recipe.batch < 1:
+        raise _refuse("samples", recipe.samples, "at least one sample and a batch of at least 1", "give 32")
+    if recipe.tokens < 0:
+        raise _refuse("tokens", recipe.tokens, "0 for the model's usual length, or more", "leave it out")
 
 
 def _check_version(version: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.contracts.manifest import ArrayInput, ClassInput, Manifest
+from quantempo.contracts.manifest import ArrayInput, ClassInput, Manifest, PinnedInput
 from quantempo.errors import RequestError, nearest
 from quantempo.runtime.guidance import Mode
 from quantempo.runtime.rng import NoiseSource, PhiloxNoise
@@ -87,6 +87,9 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
                 "the bundle was made from another kind of model",
             )
         arrays.setdefault(denoiser.classes[0].name, request.class_labels)
+    for pinned in denoiser.pinned:
+        if pinned.name in arrays:
+            check_pinned(pinned, arrays.pop(pinned.name))
     _check_names(arrays, manifest)
     labels = {c.name: _labels(c, arrays) for c in denoiser.classes}
     given = {n: _array(spec, n, arrays[n]) for spec in denoiser.arrays for n in _names(spec) if n in arrays}
@@ -103,6 +106,23 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     latents = _latents(request.latents, batch, denoiser.latents_shape)
     mode = _mode(request.guidance_mode, guidance, denoiser.max_batch)
     return Resolved(batch, guidance, rescale, mode, noise, latents, conditioning, seeds, per_sample, store)
+
+
+def check_pinned(pinned: PinnedInput, value: Any, where: str = "call") -> None:
+    """Refuse an input whose contents are not those that the graphs were made for.
+
+    Raises:
+        RequestError: some row differs.
+    """
+    wanted = np.array(pinned.values, pinned.dtype).reshape(pinned.shape)
+    array = np.asarray(value)
+    if array.shape[max(array.ndim - wanted.ndim, 0) :] != wanted.shape or not (array == wanted).all():
+        shown = np.array2string(wanted, threshold=12)
+        raise _refuse(
+            f"{where}, {pinned.name}", "other contents", f"{shown} in every row",
+            f"leave {pinned.name} out, or compile the model again with example inputs that hold these contents",
+            "the model's Python branches on them, and the graphs hold one branch",
+        )
 
 
 def _names(spec: ArrayInput) -> tuple[str, ...]:

@@ -276,6 +276,13 @@ class Session:
                 "output_type", found=repr(output_type), wanted="'pil', 'np' or 'latent'", cause="a misspelling",
                 remedy=nearest(str(output_type), ("pil", "np", "latent")),
             )
+        shape = self.manifest.denoiser.latents_shape
+        if output_type != "latent" and self.manifest.decoder.graph is None and len(shape) != 3:
+            raise RequestError(
+                "output_type", found=f"{output_type!r} for latents of shape {shape}", wanted="'latent'",
+                cause="the bundle has no decoder, and such latents are no picture",
+                remedy="pass output_type='latent' and decode with the model's VAE",
+            )
         started = time.perf_counter()
         resolved = resolve(request, self.manifest)
         result = self._loop.run(program, _loop_request(resolved, observer, on_step))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +28,17 @@ class FamilyContext:
 
     Args:
         labels: class names by label.
-        tokens: prompt length.
+        tokens: prompt length that the user asked for; `None` for the family's usual one.
+        encoder_tokens: prompt length that the configuration of `text_encoder/` names.
+        size: latent height and width, or frames, height and width; `None` for what the configuration says.
+        extra: configurations of further networks that run before the denoiser in the same graph, such as a ControlNet.
     """
 
-    labels: Mapping[str, str]
-    tokens: int = 77
+    labels: Mapping[str, str] = field(default_factory=dict)
+    tokens: int | None = None
+    encoder_tokens: int | None = None
+    size: tuple[int, ...] | None = None
+    extra: tuple[Mapping[str, Any], ...] = ()
 
 
 def first_tensor(output: Any, _feeds: Feeds) -> torch.Tensor:
@@ -124,12 +130,21 @@ class Family:
         for label in self.classes:
             feeds[label.name] = rng.integers(0, label.count, batch).astype(np.int64)
         for array in self.arrays:
-            feeds[array.name] = rng.standard_normal((batch, *map(int, array.shape))).astype(array.dtype)
+            feeds[array.name] = _example_array(rng, array, batch)
         return feeds
 
     def examples(self) -> tuple[Arrays, ...]:
         """The input sets on which a graph is compared with the module; they differ in batch size."""
         return self.sets or (self.example(2, seed=1), self.example(3, seed=2))
+
+
+def _example_array(rng: np.random.Generator, array: ArrayInput, batch: int) -> NDArray[Any]:
+    shape = (batch, *map(int, array.shape))
+    if np.dtype(array.dtype).kind in "bi":  # masks and lengths
+        flags = rng.integers(0, 2, shape)
+        flags[..., :1] = 1  # a mask that hides everything has no softmax
+        return flags.astype(array.dtype)
+    return rng.standard_normal(shape).astype(array.dtype)
 
 
 class Flat(nn.Module):
@@ -170,6 +185,25 @@ def refuse(class_name: str, key: str, value: object, wanted: str) -> Unsupported
     )
 
 
+def sample_size(
+    class_name: str, context: FamilyContext, configured: tuple[int, ...] | None, rank: int
+) -> tuple[int, ...]:
+    """The size of a sample: what the user asked for, else what the configuration says.
+
+    Raises:
+        UnsupportedModel: neither says it, or for another number of axes.
+    """
+    size = context.size or configured
+    axes = "height and width" if rank == 2 else "frames, height and width"
+    if size is None or len(size) != rank:
+        raise UnsupportedModel(
+            f"denoiser of class {class_name}", found="no size" if size is None else f"a size of {len(size)} numbers",
+            wanted=f"{axes} of a sample", cause="this architecture runs at any resolution, and a graph at one",
+            remedy=f"add --size with {axes}, such as {'1024x1024' if rank == 2 else '81x480x832'}",
+        )
+    return size
+
+
 def square_size(class_name: str, value: object) -> tuple[int, int]:
     """(height, width) from a `sample_size` that is one number or two."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -191,6 +225,25 @@ def kept_channels(class_name: str, config: Mapping[str, Any]) -> tuple[int, int]
     return taken, given
 
 
-def sequence_of(value: object) -> Sequence[Any]:
-    """A configuration value that is one item or several, as several."""
-    return value if isinstance(value, (list, tuple)) else (value,)
+SAMPLE_CONDITION = "sample_condition"
+
+
+def conditioned_sample(
+    class_name: str, config: Mapping[str, Any], size: tuple[int, ...]
+) -> tuple[int, int, tuple[ArrayInput, ...]]:
+    """(channels of a sample, channels returned, the array that is concatenated to the sample).
+
+    Inpainting, image-to-video and the like take more channels than they return: a mask, latents of an image.
+    """
+    taken = int(config["in_channels"])
+    given = taken if config.get("out_channels") is None else int(config["out_channels"])
+    if given < taken:
+        return given, given, (ArrayInput(SAMPLE_CONDITION, "float32", (taken - given, *size), guided=False),)
+    return *kept_channels(class_name, config), ()
+
+
+def with_condition(feeds: Feeds) -> torch.Tensor:
+    """The sample with what `conditioned_sample` says is concatenated to it."""
+    if SAMPLE_CONDITION in feeds:
+        return torch.cat([feeds[SAMPLE], feeds[SAMPLE_CONDITION]], dim=1)
+    return feeds[SAMPLE]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from quantempo.contracts.manifest import ArrayInput
 from quantempo.contracts.tensors import TensorSpec
-from quantempo.errors import ExportError, nearest
+from quantempo.errors import ExportError, UnsupportedModel, nearest
 from quantempo.export.families.base import (
     BATCH,
     PREDICTION,
@@ -89,6 +91,84 @@ def family_of_example(
         sets=feeds,
     )
     return _with_result(module, family, leaves)
+
+
+def family_of_inputs(class_name: str, path: FilePath) -> Family:
+    """The family of a diffusers class from a file with one example call.
+
+    Args:
+        class_name: the denoiser's class.
+        path: `.npz`; the keys are arguments of `forward`, with `argument.key` and `argument.0` for nested ones.  Arrays
+            of rank 0 are Python numbers.  `timestep_scale` says what a sampler's timestep is multiplied by.
+
+    Returns:
+        A family whose inputs all carry the batch; tensors without it become part of the graph.
+
+    Raises:
+        UnsupportedModel: diffusers has no such class.
+        ExportError: the arrays do not fit its `forward`.
+    """
+    import diffusers
+
+    made = getattr(diffusers, class_name, None)
+    where = f"example inputs {path} of {class_name}"
+    if made is None:
+        raise UnsupportedModel(
+            where, found="a class that the installed diffusers does not have", wanted="one of its denoisers",
+            cause="the model is newer than the installed diffusers", remedy="run: pip install --upgrade diffusers",
+        )
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    scale = float(arrays.pop("timestep_scale", 1.0))
+    given = _nested(arrays)
+    known = inspect.signature(made.forward).parameters
+    names = {name: parameter for name, parameter in known.items() if name != "self"}
+    _check_arguments(where, names, given)
+    sample, timestep = _role(given, "", SAMPLE_NAMES), _role(given, "", TIMESTEP_NAMES)
+    sets = (given, _second(where, given, sample))
+    tensors, batch = _tensors(given), len(_tensors(given)[(sample,)])
+    constants = [_dotted(p) for p, t in tensors.items() if p != (timestep,) and (t.ndim == 0 or len(t) != batch)]
+    leaves = _leaves(where, sets, {sample: SAMPLE, timestep: TIMESTEP}, constants)
+    fixed = {"return_dict": False} if "return_dict" in names else {}
+    inner = _arguments(given, {leaf.path: leaf for leaf in leaves}, fixed)
+    shaped = {leaf.name: leaf for leaf in leaves if leaf.name}
+    extra = tuple(
+        ArrayInput(name, _graph_type(leaf.dtype), leaf.shape[1:], guided=leaf.dtype.is_floating_point)
+        for name, leaf in shaped.items() if name not in (SAMPLE, TIMESTEP)
+    )
+    shape = tuple(int(d) for d in shaped[SAMPLE].shape[1:])
+    feeds = []
+    for each in sets:
+        fed = dict(_feeds(leaves, each))
+        rows = len(fed[SAMPLE])
+        times = np.broadcast_to(np.asarray(fed.get(TIMESTEP, 1.0), np.float32) / scale, (rows,))
+        feeds.append({**fed, TIMESTEP: np.array(times, np.float32)})
+
+    def arguments(feeds: Feeds) -> Mapping[str, Any]:
+        return inner({**feeds, TIMESTEP: feeds[TIMESTEP] * scale} if scale != 1.0 else feeds)
+
+    return Family(class_name, shape, arguments, arrays=extra, sets=tuple(feeds))
+
+
+def _nested(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """`{"a.b": x, "c.0": y}` to `{"a": {"b": x}, "c": [y]}`."""
+    root: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *above, last = name.split(".")
+        place = root
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = array.item() if array.ndim == 0 else array
+
+    def listed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        inner = {key: listed(item) for key, item in value.items()}
+        if inner and all(key.isdecimal() for key in inner):
+            return [inner[key] for key in sorted(inner, key=int)]
+        return inner
+
+    return {name: listed(value) for name, value in root.items()}
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -37,6 +37,13 @@ Guidance = Annotated[str, typer.Option(help="Guidance scales to calibrate on: 1.
 Steps = Annotated[str, typer.Option(help="Step counts to calibrate on, comma-separated.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples in all.")]
 Batch = Annotated[int, typer.Option(help="Calibration samples that run together.")]
+Size = Annotated[str, typer.Option(help="HEIGHTxWIDTH, FRAMESxHEIGHTxWIDTH or a preset, for models of any resolution.")]
+Tokens = Annotated[int, typer.Option(help="Prompt length; 0 for the model's usual one.")]
+ControlNets = Annotated[list[Path] | None, typer.Option("--controlnet", help="ControlNet directory; repeatable.")]
+Adapters = Annotated[list[Path] | None, typer.Option("--ip-adapter", help="IP-Adapter safetensors file; repeatable.")]
+Inputs = Annotated[
+    Path | None, typer.Option(help="Example call (.npz), for a denoiser class that quantempo does not know.")
+]
 CalibrationFile = Annotated[
     Path | None, typer.Option("--calib-set", help="Conditioning arrays (.npz), or labels (.txt, .json).")
 ]
@@ -79,6 +86,11 @@ def compile_command(
     steps: Steps = "",
     samples: Samples = 0,
     batch: Batch = 0,
+    size: Size = "",
+    tokens: Tokens = 0,
+    controlnet: ControlNets = None,
+    ip_adapter: Adapters = None,
+    inputs: Inputs = None,
     calib_set: CalibrationFile = None,
     calib_scheduler: CalibrationScheduler = None,
     selection: Selection = "",
@@ -113,6 +125,7 @@ def compile_command(
         selection=selection, hard_cases=hard_cases, keep=keep, exclude=exclude, activation_bits=activation_bits,
         weight_method=weight_method, cache=cache, cache_cut=cache_cut, cache_steps=_steps(cache_steps),
         max_steps=max_steps, seed=None if seed < 0 else seed, reference=reference, threads=threads,
+        size=size, tokens=tokens, controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs,
     )
     try:
         summary = compile_model(
@@ -175,11 +188,15 @@ def _recipe(files: list[Path] | None, **given: Any) -> Recipe:
     from quantempo.recipe_file import read_recipe
 
     flags = {
-        name: tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+        name: tuple(map(_plain, value)) if isinstance(value, list) else _plain(value)
         for name, value in given.items()
         if value is False or (value == 0 and name == "seed") or value
     }
     return read_recipe(files or [], {name: value for name, value in flags.items() if value is not None})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _guidance(text: str) -> tuple[float, ...]:

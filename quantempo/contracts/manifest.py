@@ -11,7 +11,9 @@ from quantempo.contracts.tensors import TensorSpec
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-FEATURES: frozenset[str] = frozenset({"step-program-1", "scale-groups-1", "corrections-1", "feature-cache-1"})
+FEATURES: frozenset[str] = frozenset(
+    {"step-program-1", "scale-groups-1", "corrections-1", "feature-cache-1", "pinned-inputs-1"}
+)
 """What this reader knows; a bundle that requires anything else is refused by name."""
 
 
@@ -80,6 +82,23 @@ class ArrayInput:
 
 
 @dataclass(frozen=True)
+class PinnedInput:
+    """An input whose contents are part of the graphs, since the model's Python branches on them (a mask, a length).
+
+    The graphs do not take it.  A caller may pass it, and is refused where the contents differ.
+
+    Args:
+        shape: per sample, without the batch dimension.
+        values: the one content, flattened.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Denoiser:
     """How the loop feeds the denoiser graphs.
 
@@ -90,6 +109,7 @@ class Denoiser:
         classes, arrays: the conditioning inputs.
         group_input: name of the scale-group input; `None` in a float graph.
         max_batch: rows per call that were tried; `None` for no limit.
+        pinned: assumptions that the graphs make about inputs.
     """
 
     latents_shape: tuple[int, ...]
@@ -100,6 +120,7 @@ class Denoiser:
     prediction: str = "prediction"
     group_input: str | None = None
     max_batch: int | None = None
+    pinned: tuple[PinnedInput, ...] = ()
 
 
 @dataclass(frozen=True)

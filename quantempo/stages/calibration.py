@@ -277,7 +277,7 @@ def trajectory_batches(
         samples=recipe.samples, batch=recipe.batch, guidance=recipe.guidance, programs=tuple(programs),
         labels=deal_labels(denoiser, recipe), seeds=tuple(range(first, first + recipe.samples)),
     )
-    check_arrays(denoiser, arrays)
+    check_arrays(denoiser, arrays, recipe.guidance)
     return plan_batches(declared, classes=denoiser.classes[0].count if denoiser.classes else None)
 
 

@@ -15,6 +15,7 @@ from quantempo.contracts.codec import digest, parse_json
 from quantempo.contracts.manifest import ArrayInput, Denoiser
 from quantempo.errors import RequestError, nearest
 from quantempo.recipe import Recipe
+from quantempo.runtime.request import check_pinned
 
 Arrays = Mapping[str, NDArray[Any]]
 KINDS = (".npz", ".txt", ".json")
@@ -50,9 +51,9 @@ def resolve(
             labels = _read_labels(path, denoiser)
         # A bundle's recipe names no path of this machine.
         recipe = dataclasses.replace(recipe, classes=labels, calibration="")
-        check_arrays(denoiser, arrays, where)
+        check_arrays(denoiser, arrays, recipe.guidance, where)
     else:
-        check_arrays(denoiser, arrays)
+        check_arrays(denoiser, arrays, recipe.guidance)
     return recipe, arrays
 
 
@@ -107,18 +108,32 @@ def _label(where: str, word: Any, numbers: Mapping[str, int], count: int) -> int
     raise _refuse(where, repr(word), f"a class name or 0 to {count - 1}", nearest(str(word), numbers))
 
 
-def check_arrays(denoiser: Denoiser, arrays: Arrays, where: str = "calibration") -> None:
+def check_arrays(
+    denoiser: Denoiser, arrays: Arrays, guidance: Sequence[float] = (), where: str = "calibration"
+) -> None:
     """Refuse conditioning arrays that the model does not take, each for its own reason.
+
+    Args:
+        denoiser: what the model takes.
+        arrays: conditioning by input name.
+        guidance: scales that are used; where all are 1 or less, the unconditional branch is not run.
+        where: for messages.
 
     Raises:
         RequestError: a name too many or missing, another shape or type, no row, values that are not finite, or
             different numbers of rows.
     """
+    unguided = bool(guidance) and max(guidance) <= 1.0
     wanted = {
         name: array
         for array in denoiser.arrays
         for name in (array.name, *([f"negative_{array.name}"] if array.guided else []))
+        if name == array.name or name in arrays or not unguided
     }
+    for pinned in denoiser.pinned:
+        if pinned.name in arrays:
+            check_pinned(pinned, arrays[pinned.name], where)
+    arrays = {name: array for name, array in arrays.items() if name not in {p.name for p in denoiser.pinned}}
     for name in arrays:
         if name not in wanted:
             known = "only " + ", ".join(wanted) if wanted else "none: this model takes no arrays"
@@ -132,7 +147,8 @@ def check_arrays(denoiser: Denoiser, arrays: Arrays, where: str = "calibration")
                 f"{where}, input {name!r}", found="no array",
                 wanted=f"{spec.dtype} of shape (samples, {', '.join(map(str, spec.shape))})",
                 cause="this denoiser takes conditioning that quantempo cannot make up",
-                remedy="pass --calib-set FILE.npz with an array of this name",
+                remedy="pass --calib-set FILE.npz with an array of this name"
+                + (", or --guidance 1 for no unconditional branch" if name != spec.name else ""),
             )
         _check_array(f"{where}, array {name!r}", arrays[name], spec)
     rows = {name: len(arrays[name]) for name in wanted}

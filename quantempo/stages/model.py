@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from quantempo.calib.trajectories import ProgramChoice
 from quantempo.contracts.codec import canonical_json, digest, from_data, parse_json, to_data
 from quantempo.contracts.engine import EngineOptions
-from quantempo.contracts.manifest import Decoder, Denoiser
+from quantempo.contracts.manifest import Decoder, Denoiser, PinnedInput
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram, check_program
 from quantempo.engines.registry import open_engine
@@ -101,10 +102,16 @@ def open_model(model: Path, scheduler: Path | None, recipe: Recipe, arrays: Mapp
     require_compile_extra()
     from quantempo.export.families import family_of
     from quantempo.export.sampler import load_scheduler
-    from quantempo.export.source import open_source
+    from quantempo.export.source import ModelParts, open_source
 
-    source = open_source(model, scheduler)
+    parts = ModelParts(
+        recipe.size, recipe.tokens, tuple(map(Path, recipe.controlnets)), tuple(map(Path, recipe.ip_adapters)),
+        Path(recipe.inputs) if recipe.inputs else None,
+    )
+    source = open_source(model, scheduler, parts)
     family = family_of(source)
+    # A bundle's recipe names no path of this machine; what the files hold is in the model's digest.
+    recipe = _unguided(dataclasses.replace(recipe, controlnets=(), ip_adapters=(), inputs=""), family.denoiser())
     stock = load_scheduler(source.scheduler)
     if recipe.precision != "float32":
         # Refused here rather than after minutes of tracing.
@@ -114,6 +121,15 @@ def open_model(model: Path, scheduler: Path | None, recipe: Recipe, arrays: Mapp
         choices = [ProgramChoice(steps, folder) for folder in ("", *recipe.schedulers) for steps in recipe.steps]
         trajectory_batches(family.denoiser(), recipe, choices, arrays)
     return Opened(source, family, stock, recipe, arrays)
+
+
+def _unguided(recipe: Recipe, denoiser: Denoiser) -> Recipe:
+    """The recipe without guidance, where it says nothing and the model has no unconditional branch."""
+    if any(c.null is not None for c in denoiser.classes) or any(array.guided for array in denoiser.arrays):
+        return recipe
+    if recipe.guidance != Recipe().guidance:
+        return recipe
+    return dataclasses.replace(recipe, guidance=(1.0,), default_guidance=1.0)
 
 
 def _encoder(
@@ -148,7 +164,8 @@ def export_model(opened: Opened, store: StageStore) -> Exported:
         decoder = from_data(Decoder, _read(traced.path(FACTS)), FACTS)
         decoder_graph = load_graph(traced.path("decoder.onnx"))
     return Exported(
-        name=source.name, class_name=source.class_name, digest=source.digest, denoiser=family.denoiser(),
+        name=source.name, class_name=source.class_name, digest=source.digest,
+        denoiser=_contract(family, facts.get("pinned", [])),
         graph=load_graph(denoiser.path("denoiser.onnx")), graph_file=denoiser.path("denoiser.onnx"),
         graph_digest=facts["digest"], decoder=decoder, decoder_graph=decoder_graph, scheduler=name,
         scheduler_digest=identity, programs={n: programs.path(f"{n:04d}.json") for n in steps},
@@ -180,12 +197,25 @@ def _denoiser(store: StageStore, source: ModelSource, family: Family) -> StageRe
         del module
         gc.collect()
         verify_known(graph, known, _run_graph)
-        (folder / FACTS).write_text(json.dumps({"digest": graph.digest}))
+        pinned = [
+            PinnedInput(name, str(array.dtype), array.shape, tuple(map(float, array.flat)))
+            for name, array in sorted(graph.pinned.items())
+        ]
+        (folder / FACTS).write_text(json.dumps({"digest": graph.digest, "pinned": to_data(pinned)}))
 
     return store.run("denoiser", {
-        "model": source.digest, "prompt length": source.tokens, "code": code(*EXPORT_CODE),
+        "model": source.digest, "inputs": to_data(family.denoiser()), "code": code(*EXPORT_CODE),
         "libraries": libraries(*EXPORT_LIBRARIES),
     }, make)  # fmt: skip
+
+
+def _contract(family: Family, pinned: Any) -> Denoiser:
+    """The manifest's description of a traced denoiser."""
+    found = tuple(from_data(PinnedInput, item, FACTS) for item in pinned)
+    names = {item.name for item in found}
+    whole = family.denoiser()
+    arrays = tuple(array for array in whole.arrays if array.name not in names)
+    return dataclasses.replace(whole, arrays=arrays, pinned=found)
 
 
 def _decoder(store: StageStore, vae: Path, sample_shape: tuple[int, ...]) -> StageResult:

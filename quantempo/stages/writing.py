@@ -56,10 +56,16 @@ def write_quantized(
     writer.add_bytes("tables.safetensors", save({k: np.ascontiguousarray(v) for k, v in table.arrays().items()}))
     writer.add_json("plan.json", plan)
     manifest = dataclasses.replace(
-        manifest, precision=recipe.precision, requires=("scale-groups-1", "step-program-1"), partition=table.partition,
+        manifest, precision=recipe.precision, requires=_requires(denoiser, "scale-groups-1", "step-program-1"),
+        partition=table.partition,
         tables="tables.safetensors", plan="plan.json",
     )
     return manifest if cache is None else cache.write(writer, manifest)
+
+
+def _requires(denoiser: Denoiser, *features: str) -> tuple[str, ...]:
+    """The features of a manifest, with what its denoiser adds."""
+    return (*features, *(["pinned-inputs-1"] if denoiser.pinned else []))
 
 
 def write_float(exported: Exported, recipe: Recipe, out: Path, overwrite: bool) -> OpenBundle:
@@ -111,8 +117,8 @@ def _write_common(
     writer.add_bytes("scheduler_config.json", exported.scheduler_json)
     writer.add_json("recipe.json", recipe)
     return Manifest(
-        name=exported.name, precision="float32", requires=("step-program-1",), files={}, graphs=entries,
-        denoiser=denoiser, decoder=decoder, default_guidance=recipe.default_guidance,
+        name=exported.name, precision="float32", requires=_requires(denoiser, "step-program-1"), files={},
+        graphs=entries, denoiser=denoiser, decoder=decoder, default_guidance=recipe.default_guidance,
         programs=ProgramIndex(
             exported.scheduler, exported.scheduler_digest, files, "scheduler_config.json", recipe.steps[0]
         ),
