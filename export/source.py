@@ -58,6 +58,8 @@ class ModelSource:
         tokens: prompt length that the text encoder's configuration names.
         size: latent size of a sample that the user asked for.
         parts: what the user added.
+        expert: folder of a second denoiser of the same class, which takes over at small timesteps (Wan 2.2).
+        boundary: the share of the training timesteps below which it does.
         variant: file variant of the denoiser's weights (`fp16` in `….fp16.safetensors`).
         digest: SHA-256 over the denoiser's configuration and weight files; not the scheduler, not the VAE.
     """
@@ -75,6 +77,18 @@ class ModelSource:
     variant: str | None = None
     size: tuple[int, ...] | None = None
     parts: ModelParts = ModelParts()
+    expert: Path | None = None
+    boundary: float | None = None
+
+    def second(self) -> ModelSource:
+        """The same model with the second expert in the first one's place."""
+        assert self.expert is not None
+        files, variant = weight_files(self.expert)
+        config = read_json_object(self.expert / "config.json")
+        return dataclasses.replace(
+            self, denoiser=self.expert, config=config, variant=variant, expert=None, boundary=None,
+            digest=_digest(config, (*files, *_added_files(self.parts))),
+        )
 
 
 def open_source(model: Path, scheduler: Path | None = None, parts: ModelParts | None = None) -> ModelSource:
@@ -127,6 +141,7 @@ def open_source(model: Path, scheduler: Path | None = None, parts: ModelParts | 
         variant=variant,
         size=latent_size(parts.size, class_name, None if vae is None else read_json_object(vae / "config.json")),
         parts=parts,
+        **_expert(model, index),
     )
 
 
@@ -278,6 +293,15 @@ def _scheduler_folder(scheduler: Path | None, model: Path) -> Path:
         cause="the scheduler directory is missing or another one was named",
         remedy="write one with SCHEDULER.save_pretrained(DIR) and add --scheduler DIR",
     )
+
+
+def _expert(model: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The second expert of a pipeline that has one."""
+    boundary, folder = index.get("boundary_ratio"), model / "transformer_2"
+    if boundary is None or not (folder / "config.json").is_file():
+        return {}
+    weight_files(folder)
+    return {"expert": folder, "boundary": float(boundary)}
 
 
 def _check_files(parts: ModelParts) -> None:

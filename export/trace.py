@@ -83,10 +83,14 @@ def load_component(class_name: str, folder: Path, variant: str | None = None) ->
     """
     try:
         with quiet():
-            module, loading = getattr(diffusers, class_name).from_pretrained(
+            made = getattr(diffusers, class_name)
+            # All is float32 here, so nothing has to be kept in it; diffusers would ask for another package.
+            same = type(class_name, (made,), {"_keep_in_fp32_modules": None})
+            module, loading = same.from_pretrained(
                 str(folder), torch_dtype=torch.float32, variant=variant, local_files_only=True, use_safetensors=True,
                 low_cpu_mem_usage=False, output_loading_info=True,
             )
+            module.__class__ = made
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ExportError(
             str(folder), found=f"weights that diffusers cannot load ({first_line(error)})", wanted=f"a {class_name}",

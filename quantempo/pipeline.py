@@ -121,18 +121,19 @@ def compile_model(
             with progress.stage("write", WRITES):
                 bundle = write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
+        _check_experts(exported, recipe)
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
         plan = plan if cut is None else cut.keep_free(plan)
         view = float_view(exported, recipe)
-        collected, table, weights, keys = _numbers(store, exported, view, plan, taps, opened, loop)
+        collected, table, weights, keys, second = _numbers(store, exported, view, plan, taps, opened, loop)
         choice = _with_ranges(choice, exported, view, opened, progress)
         guarded = guard_stage(exported, plan, table, weights, choice, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
         parts = CacheParts(exported, plan, table, weights, collected.statistics, view.manifest, recipe, given)
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
         with progress.stage("write", WRITES), BundleWriter(out, overwrite=overwrite) as writer:
-            manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache)
+            manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache, second)
             if recipe.reference:
                 write_float(exported, recipe, writer.root / "reference", overwrite=False)
                 (writer.root / STATISTICS).parent.mkdir()
@@ -159,6 +160,16 @@ def _check(out: Path, overwrite: bool, recipe: Recipe, plan_file: Path | None) -
         )
 
 
+def _check_experts(exported: Exported, recipe: Recipe) -> None:
+    """Refuse what is made for one denoiser alone."""
+    for field, value in (("cache", recipe.cache), ("hard_cases", recipe.hard_cases)):
+        if exported.second is not None and value not in ("none", 0):
+            raise PlanError(
+                f"recipe, {field}", found=repr(value), wanted="none for a model with two experts",
+                cause="it is fitted to one denoiser", remedy=f"leave {field} out",
+            )
+
+
 def _with_ranges(
     choice: GraphChoice, exported: Exported, view: OpenBundle, opened: Opened, progress: Progress
 ) -> GraphChoice:
@@ -175,13 +186,15 @@ def _with_ranges(
 def _numbers(
     store: StageStore, exported: Exported, view: OpenBundle, plan: QuantPlan, taps: Taps, opened: Opened,
     loop: CalibrationLoop | None,
-) -> tuple[Calibration, ScaleTable, Mapping[str, QuantizedWeight], tuple[str, ...]]:
-    """Calibration, the scales and weights that follow from it, and the keys of their stages.
+) -> tuple[
+    Calibration, ScaleTable, Mapping[str, QuantizedWeight], tuple[str, ...], Mapping[str, QuantizedWeight] | None
+]:  # fmt: skip
+    """Calibration, the scales and weights that follow from it, the keys of their stages, weights of a second expert.
 
     There is a second round where the recipe asks for it.
     """
     recipe, arrays = opened.recipe, opened.arrays
-    programs = calibration_programs(recipe, exported.program)
+    programs = calibration_programs(recipe, exported.program, exported.boundary)
     collected, calibrated = calibration_stage(store, view, taps, recipe, arrays, programs, loop)
     table, scaled = scales_stage(store, collected, calibrated, plan, recipe)
     weights, rounded = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
@@ -191,4 +204,7 @@ def _numbers(
         collected, calibrated = second_round(store, first, recipe, arrays, programs)
         table, scaled = scales_stage(store, collected, calibrated, plan, recipe)
         weights, rounded = weights_stage(store, exported, plan, recipe, collected, calibrated, table)
-    return collected, table, weights, (calibrated.key, scaled.key, rounded.key)
+    second = None
+    if exported.second is not None:
+        second, _ = weights_stage(store, exported.second, plan, recipe, collected, calibrated, table)
+    return collected, table, weights, (calibrated.key, scaled.key, rounded.key), second

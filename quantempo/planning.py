@@ -123,7 +123,7 @@ def predict(
     exported: Exported, plan: QuantPlan, taps: Taps, recipe: Recipe, arrays: Mapping[str, NDArray[Any]]
 ) -> Predictions:
     """Time, memory and disk of a compile of this plan."""
-    programs = calibration_programs(recipe, exported.program)
+    programs = calibration_programs(recipe, exported.program, exported.boundary)
     calls = rows = 0
     keys: set[float] = set()
     batches = trajectory_batches(exported.denoiser, recipe, programs, arrays)

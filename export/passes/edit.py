@@ -59,7 +59,7 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
 def add_constant(graph: ir.Graph, array: NDArray[Any], name: str) -> ir.Value:
     """A new initializer; the name is made unique."""
     unique, count = name, 1
-    while unique in graph.initializers:
+    while unique in graph.initializers or (count == 1 and _is_computed(graph, unique)):
         count += 1
         unique = f"{name}_{count}"
     tensor = ir.tensor(np.array(array, order="C"), name=unique)
@@ -67,6 +67,11 @@ def add_constant(graph: ir.Graph, array: NDArray[Any], name: str) -> ir.Value:
     value.shape, value.dtype = ir.Shape(array.shape), tensor.dtype
     graph.register_initializer(value)
     return value
+
+
+def _is_computed(graph: ir.Graph, name: str) -> bool:
+    """Whether a node makes a value of that name; values outside of all modules are named like their operators."""
+    return "/" not in name and any(value.name == name for node in graph for value in node.outputs)
 
 
 def add_lazy_constant(

@@ -19,12 +19,13 @@ from quantempo.contracts.manifest import Decoder, Denoiser, PinnedInput
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram, check_program
 from quantempo.engines.registry import open_engine
-from quantempo.errors import PlanError
+from quantempo.errors import ExportError, PlanError
 from quantempo.progress import Advance
 from quantempo.recipe import Recipe
 from quantempo.stages.calibration import ENGINE, MAPPED, Taps, trajectory_batches
 from quantempo.stages.conditioning import resolve
 from quantempo.stages.dialects import chosen_graphs
+from quantempo.stages.programs import by_expert
 from quantempo.stages.store import StageResult, StageStore
 from quantempo.stages.versions import code, libraries, require_compile_extra
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
     from quantempo.export.source import ModelSource
 
+FULL, SECOND = "full", "low_noise"
+"""Graph variants: the denoiser, and the expert that takes over at small timesteps."""
 FACTS, PLAN, TAPS = "facts.json", "plan.json", "taps.json"
 EXPORT_CODE = ("quantempo.export", "quantempo.contracts")
 EXPORT_LIBRARIES = ("diffusers", "numpy", "onnx", "onnx-ir", "onnxscript", "torch")
@@ -51,6 +54,8 @@ class Exported:
         graph_file, graph_digest: the denoiser's file, with `.data` beside it, and SHA-256 over both.
         scheduler, scheduler_digest, scheduler_json: class name, digest of the configuration, its file.
         programs: the file of each step count.
+        boundary: the timestep below which a second expert takes over.
+        second: that expert, with the same scheduler and programs.
     """
 
     name: str
@@ -66,6 +71,17 @@ class Exported:
     scheduler_digest: str
     scheduler_json: bytes
     programs: Mapping[int, Path]
+    boundary: float | None = None
+    second: Exported | None = None
+
+    def graphs(self) -> Mapping[str, Graph]:
+        """The denoiser graphs by variant."""
+        return {FULL: self.graph} | ({} if self.second is None else {SECOND: self.second.graph})
+
+    @property
+    def identity(self) -> str:
+        """The digest of the denoiser graphs."""
+        return self.graph_digest if self.second is None else digest(self.graph_digest + self.second.graph_digest)
 
     def program(self, steps: int) -> StepProgram:
         """The step program of a step count that was traced."""
@@ -155,7 +171,8 @@ def export_model(opened: Opened, store: StageStore) -> Exported:
     source, family, recipe = opened.source, opened.family, opened.recipe
     name, identity = scheduler_identity(opened.stock)
     steps = sorted({*range(1, recipe.max_steps + 1), *recipe.steps})
-    programs = _programs(store, opened.stock, identity, steps)
+    boundary = boundary_timestep(source, opened.stock)
+    programs = _programs(store, opened.stock, identity, steps, boundary)
     denoiser = _denoiser(store, source, family)
     facts = _read(denoiser.path(FACTS))
     decoder, decoder_graph = Decoder(), None
@@ -163,27 +180,56 @@ def export_model(opened: Opened, store: StageStore) -> Exported:
         traced = _decoder(store, source.vae, family.sample_shape)
         decoder = from_data(Decoder, _read(traced.path(FACTS)), FACTS)
         decoder_graph = load_graph(traced.path("decoder.onnx"))
-    return Exported(
+    made = Exported(
         name=source.name, class_name=source.class_name, digest=source.digest,
         denoiser=_contract(family, facts.get("pinned", [])),
         graph=load_graph(denoiser.path("denoiser.onnx")), graph_file=denoiser.path("denoiser.onnx"),
         graph_digest=facts["digest"], decoder=decoder, decoder_graph=decoder_graph, scheduler=name,
         scheduler_digest=identity, programs={n: programs.path(f"{n:04d}.json") for n in steps},
-        scheduler_json=(source.scheduler / "scheduler_config.json").read_bytes(),
+        scheduler_json=(source.scheduler / "scheduler_config.json").read_bytes(), boundary=boundary,
     )
+    return made if boundary is None else _with_second(made, store, source, family)
 
 
-def _programs(store: StageStore, stock: Any, identity: str, steps: list[int]) -> StageResult:
+def _with_second(made: Exported, store: StageStore, source: ModelSource, family: Family) -> Exported:
+    """The model with its second expert, whose layers are those of the first."""
+    from quantempo.export.graph_files import load_graph
+    from quantempo.export.sites import find_sites
+
+    second = _denoiser(store, source.second(), family)
+    graph = load_graph(second.path("denoiser.onnx"))
+    if find_sites(graph) != find_sites(made.graph):
+        raise ExportError(
+            f"second expert {source.expert}", found="another structure than the first one's", wanted="the same layers",
+            cause="the folders belong to different models", remedy="copy the whole pipeline directory again",
+        )
+    other = dataclasses.replace(
+        made, graph=graph, graph_file=second.path("denoiser.onnx"),
+        graph_digest=_read(second.path(FACTS))["digest"], boundary=None,
+    )
+    return dataclasses.replace(made, second=other)
+
+
+def boundary_timestep(source: ModelSource, stock: Any) -> float | None:
+    """The timestep below which the second expert takes over; `None` where there is none."""
+    return None if source.boundary is None else source.boundary * float(stock.config.num_train_timesteps)
+
+
+def _programs(
+    store: StageStore, stock: Any, identity: str, steps: list[int], boundary: float | None
+) -> StageResult:
     from quantempo.export.sampler import trace_programs
 
     def make(folder: Path, advance: Advance) -> None:
-        for count, program in trace_programs(stock, steps).items():
+        for count, traced in trace_programs(stock, steps).items():
+            program = by_expert(traced, boundary)
             (folder / f"{count:04d}.json").write_text(canonical_json(program))
 
-    return store.run("sampler", {
+    inputs = {
         "scheduler": identity, "step counts": steps, "code": code(*EXPORT_CODE),
         "libraries": libraries("diffusers", "numpy", "torch"),
-    }, make)  # fmt: skip
+    }  # fmt: skip
+    return store.run("sampler", inputs if boundary is None else {**inputs, "boundary": boundary}, make)
 
 
 def _denoiser(store: StageStore, source: ModelSource, family: Family) -> StageResult:

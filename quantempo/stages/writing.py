@@ -23,7 +23,7 @@ from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter
 from quantempo.stages.dialects import GraphChoice, lower_graphs, split_name
-from quantempo.stages.model import Exported
+from quantempo.stages.model import FULL, SECOND, Exported
 
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
@@ -42,17 +42,25 @@ def write_quantized(
     recipe: Recipe,
     choice: GraphChoice,
     cache: FittedCache | None = None,
+    second: Mapping[str, QuantizedWeight] | None = None,
 ) -> Manifest:
-    """Write everything but the manifest of a quantized bundle; the graphs of `cache` join or replace the others."""
+    """Write everything but the manifest of a quantized bundle; the graphs of `cache` join or replace the others.
+
+    The weights of a second expert are `second`; it shares the plan and the scales, which differ by timestep.
+    """
     from safetensors.numpy import save
 
     graphs = lower_graphs(exported.graph, plan, table, weights, choice)
+    if exported.second is not None and second is not None:
+        lowered = lower_graphs(exported.second.graph, plan, table, second, choice)
+        graphs |= {SECOND + name.removeprefix(FULL): graph for name, graph in lowered.items()}
     if cache is not None:
         graphs |= cache.lower(plan, weights, choice)
     denoiser = dataclasses.replace(exported.denoiser, group_input=GROUP_INPUT)
     manifest = _write_common(writer, exported, graphs, denoiser, recipe)
     if "ort-f32" in choice.names:
-        check_fused(writer.root / "graphs" / "full.ort-f32.onnx", plan)
+        for variant in exported.graphs():
+            check_fused(writer.root / "graphs" / f"{variant}.ort-f32.onnx", plan)
     writer.add_bytes("tables.safetensors", save({k: np.ascontiguousarray(v) for k, v in table.arrays().items()}))
     writer.add_json("plan.json", plan)
     manifest = dataclasses.replace(
@@ -71,25 +79,34 @@ def _requires(denoiser: Denoiser, *features: str) -> tuple[str, ...]:
 def write_float(exported: Exported, recipe: Recipe, out: Path, overwrite: bool) -> OpenBundle:
     """A float bundle."""
     with BundleWriter(out, overwrite=overwrite) as writer:
-        manifest = _write_common(writer, exported, {"full.float-f32": exported.graph}, exported.denoiser, recipe)
+        graphs = {f"{variant}.float-f32": graph for variant, graph in exported.graphs().items()}
+        manifest = _write_common(writer, exported, graphs, exported.denoiser, recipe)
         writer.finish(manifest)
     return read_bundle(out)
 
 
 def float_view(exported: Exported, recipe: Recipe) -> OpenBundle:
     """The exported denoiser as a bundle to run, where it lies: no file is copied, and none is a step program."""
-    file = exported.graph_file
-    names = (file.name, *(f.name for f in [file.with_name(f"{file.name}.data")] if f.is_file()))
-    entry = graph_entry("full.float-f32", exported.graph, file.name, names[1:])
+    files: dict[str, FileEntry] = {}
+    entries = {}
+    for variant, each in ((FULL, exported), (SECOND, exported.second)):
+        if each is None:
+            continue
+        paths = [path for path in (each.graph_file, each.graph_file.with_name(f"{each.graph_file.name}.data"))
+                 if path.is_file()]  # fmt: skip
+        # Those of a second expert lie in another folder; this bundle is never written.
+        names = [path.name if each is exported else str(path) for path in paths]
+        files |= {name: FileEntry("", path.stat().st_size) for name, path in zip(names, paths, strict=True)}
+        entry = graph_entry(f"{variant}.float-f32", each.graph, names[0], names[1:])
+        entries[f"{variant}.float-f32"] = dataclasses.replace(entry, file=names[0], data=tuple(names[1:]))
     manifest = Manifest(
         name=exported.name, precision="float32", requires=(),
-        files={name: FileEntry("", file.with_name(name).stat().st_size) for name in names},
-        graphs={"full.float-f32": dataclasses.replace(entry, file=file.name, data=names[1:])},
+        files=files, graphs=entries,
         denoiser=exported.denoiser, decoder=Decoder(), default_guidance=recipe.default_guidance,
         programs=ProgramIndex(exported.scheduler, exported.scheduler_digest, {}, "", recipe.steps[0]),
-        provenance={"float_graph": exported.graph_digest},
+        provenance={"float_graph": exported.identity},
     )
-    return OpenBundle(file.parent, manifest, exported.graph_digest)
+    return OpenBundle(exported.graph_file.parent, manifest, exported.identity)
 
 
 def _write_common(
@@ -145,7 +162,7 @@ def _provenance(exported: Exported, recipe: Recipe) -> dict[str, str]:
     packages = ("diffusers", "numpy", "onnx", "onnxruntime", "torch")
     return {
         "quantempo": __version__, **{name: version(name) for name in packages}, "model": exported.digest,
-        "model_class": exported.class_name, "float_graph": exported.graph_digest,
+        "model_class": exported.class_name, "float_graph": exported.identity,
         "recipe": digest(canonical_json(recipe)), "seed": str(recipe.seed),
     }
 

@@ -122,3 +122,18 @@ def conditioning(denoiser: Denoiser, rows: int, seed: int = 0, negative: bool = 
                 found[name] = np.ones(shape, np.int64)
                 found[name][:, -1:] = name == array.name
     return found
+
+
+@functools.cache
+def two_experts() -> Path:
+    """A pipeline directory as Wan 2.2 has it: two transformers and the boundary between them."""
+    import json
+
+    import diffusers
+
+    folder = Path(tempfile.mkdtemp(prefix="quantempo-experts-")) / "wan22"
+    for index, name in enumerate(("transformer", "transformer_2")):
+        build("WanTransformer3DModel", 50 + index, **WAN).save_pretrained(folder / name)
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": 0.875}))
+    return folder

@@ -1,0 +1,71 @@
+"""Rewrites of the captured program: the same numbers, in operations that ONNX has."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+import torch
+from support.onnxruntime_run import run
+
+from quantempo.contracts.tensors import TensorSpec
+from quantempo.errors import ExportError
+from quantempo.export.capture import capture
+
+
+class Call(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.table = torch.polar(torch.ones(4), torch.arange(4.0))
+
+    def forward(self, x, mask):
+        return (self.function(self, x, mask),)
+
+
+def rotate(self, x, mask):
+    pairs = torch.view_as_complex(x.double().reshape(x.shape[0], 4, 2))
+    return torch.view_as_real(pairs * self.table).flatten(1).float()
+
+
+def rearranged(self, x, mask):
+    first, second = self.table.split([1, 3])
+    table = torch.cat([second, first], -1).unsqueeze(0).expand(x.shape[0], -1).to(torch.complex64)
+    pairs = torch.view_as_complex(x.reshape(-1, 4, 2))
+    turned = torch.stack([pairs * table, pairs.conj() + 1], dim=-1)[..., 1].reshape(-1, 2, 2).transpose(1, 2)
+    return turned.real.flatten(1) + turned.abs().flatten(1) - turned.imag.sum(-1).mean(-1, keepdim=True)
+
+
+def polar(self, x, mask):
+    made = torch.polar(torch.exp(x), x * 3) * 2 - torch.complex(x, x)
+    return torch.cat([made.real, made.imag], 1)
+
+
+CASES = {
+    "rotary embedding": rotate,
+    "moves and parts": rearranged,
+    "polar and complex": polar,
+    "squeeze of another size": lambda self, x, mask: x.unsqueeze(1).squeeze(2).squeeze(1) * 2,
+    "where of truth values": lambda self, x, mask: x * torch.where(mask, ~mask, mask | (x > 0)),
+    "masked_fill of truth values": lambda self, x, mask: x * (x > 0).masked_fill(mask, True)
+    + x.gt(0.5).masked_fill(mask, False),
+    "stable sort": lambda self, x, mask: x.sort(dim=1, stable=True, descending=True).values,
+    "tiny summand": lambda self, x, mask: (x * 0) / (x * 0 + 1e-15),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_torch(name):
+    module = Call(CASES[name]).eval()
+    inputs = TensorSpec("x", "float32", ("batch", 8)), TensorSpec("mask", "bool", ("batch", 8))
+    args = torch.randn(2, 8), torch.rand(2, 8) > 0.5
+    model = capture(module, args, inputs, (TensorSpec("y", "float32", ("batch",)),))
+    x, mask = torch.randn(3, 8), torch.rand(3, 8) > 0.5
+    found = run(ir.to_proto(model).SerializeToString(), {"x": x.numpy(), "mask": mask.numpy()})["y"]
+    torch.testing.assert_close(torch.from_numpy(found), module(x, mask)[0].float(), rtol=1e-5, atol=1e-6)
+
+
+def test_complex_operation_without_a_rule_is_named():
+    module = Call(lambda self, x, mask: torch.view_as_real(torch.fft.fft(torch.complex(x, x)).sqrt())).eval()
+    inputs = TensorSpec("x", "float32", ("batch", 8)), TensorSpec("mask", "bool", ("batch", 8))
+    with pytest.raises(ExportError, match=r"operation aten(?s:.*)complex numbers"):
+        capture(module, (torch.randn(2, 8), torch.rand(2, 8) > 0.5), inputs, (TensorSpec("y", "float32", ()),))
