@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from quantempo.contracts.tensors import TensorSpec
-from quantempo.errors import ExportError
+from quantempo.errors import BatchLoop, ExportError
 from quantempo.export.decompositions import decompose
 from quantempo.export.families.base import Flat
 
@@ -55,14 +55,16 @@ def untraceable(wrapper: nn.Module, error: BaseException) -> ExportError:
     """The error for a module that cannot be traced."""
     denoiser = getattr(wrapper, "denoiser", wrapper)
     foreign = foreign_processors(denoiser)
+    kind = ExportError
     cause, remedy = "torch.onnx does not know an operation of this model", "try another torch version"
     if foreign:
         cause = f"attention processors that are not diffusers' own: {', '.join(foreign)}"
         remedy = "set diffusers' own with set_default_attn_processor() or set_attn_processor(...)"
     elif "code specialized it to be a constant" in str(error):
+        kind = BatchLoop
         cause = "the model's Python loops over the samples of a batch"
         remedy = "give two example sets of equal batch size, so that the batch is fixed"
-    return ExportError(
+    return kind(
         f"tracing {type(denoiser).__name__}", found=f"{type(error).__name__}: {first_line(error)}",
         wanted="a graph", cause=cause, remedy=remedy + "; the full error is the one above in the traceback",
     )

@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quantempo.errors import ExportError
+from quantempo.errors import BatchLoop, ExportError
 from quantempo.export.families.base import BATCH, SAMPLE, TIMESTEP, Family, Feeds
 
 NUMBERS = {
@@ -86,9 +86,11 @@ def specialised(module: nn.Module, family: Family, sets: Sequence[Mapping[str, N
     pinned = {name: _pinned(where, family, name, sets) for name in sorted(sources)}
     if len(first) != len(second) or not all(a.same(b) for a, b in zip(first, second, strict=True)):
         odd = next((a.name for a, b in zip(first, second, strict=False) if not a.same(b)), "a loop")
-        raise _refuse(
-            where, f"{odd} with another result for another batch", "Python that sees the same in both example sets",
-            "give two example sets of equal batch size, so that the batch is fixed",
+        raise BatchLoop(
+            where, found=f"{odd} with another result for another batch",
+            wanted="Python that sees the same in both example sets",
+            cause="a graph has one path, which the example inputs decide",
+            remedy="give two example sets of equal batch size and equal lengths and masks",
         )
     inner = family.arguments
 

@@ -22,10 +22,11 @@ from torch import nn
 
 from quantempo.contracts.plan import Site
 from quantempo.contracts.tensors import TensorSpec
-from quantempo.errors import ExportError
+from quantempo.errors import BatchLoop, ExportError
 from quantempo.export.capture import capture, first_line, quiet
 from quantempo.export.families import Family, family_of
 from quantempo.export.families.adapters import load_adapters
+from quantempo.export.families.base import single
 from quantempo.export.families.unet2d_condition import CONTROL_CLASS, ControlledUNet
 from quantempo.export.passes import normal_form, run_passes
 from quantempo.export.sites import find_sites
@@ -85,7 +86,7 @@ def load_component(class_name: str, folder: Path, variant: str | None = None) ->
         with quiet():
             made = getattr(diffusers, class_name)
             # All is float32 here, so nothing has to be kept in it; diffusers would ask for another package.
-            same = type(class_name, (made,), {"_keep_in_fp32_modules": None})
+            same: Any = type(class_name, (made,), {"_keep_in_fp32_modules": None})
             module, loading = same.from_pretrained(
                 str(folder), torch_dtype=torch.float32, variant=variant, local_files_only=True, use_safetensors=True,
                 low_cpu_mem_usage=False, output_loading_info=True,
@@ -138,9 +139,28 @@ def trace_model(module: nn.Module, family: Family, name: str = "denoiser") -> ir
 
 
 def _traced(module: nn.Module, family: Family, name: str) -> tuple[Family, ir.Model]:
-    """The graph, and the family with what had to be pinned for it."""
+    """The graph, and the family with what had to be fixed for it: contents of inputs, or the batch."""
     _refuse_training(module)
     plain_attention(module)
+    try:
+        traced, model = _attempts(module, family, name)
+    except BatchLoop as loop:
+        alone = single(family)
+        if alone.all_inputs() == family.all_inputs():  # the batch is fixed already
+            raise
+        logger.info("%s: traced for a batch of one, since %s", family.class_name, loop.found)
+        traced, model = _attempts(module, alone, name)
+    _check_influence(module, traced, model)
+    return traced, model
+
+
+def _attempts(module: nn.Module, family: Family, name: str) -> tuple[Family, ir.Model]:
+    """Trace as it is, or else with answers to what Python asks of contents.
+
+    Raises:
+        BatchLoop: what Python does depends on the batch.
+        ExportError: anything else.
+    """
     example = family.sets[0] if family.sets else family.example(TRACE_BATCH)
 
     def attempt(family: Family) -> ir.Model:
@@ -150,16 +170,16 @@ def _traced(module: nn.Module, family: Family, name: str) -> tuple[Family, ir.Mo
         return _normal_model(model, family.inputs(), family.outputs(), name, family.kept_channels)
 
     try:
-        model = attempt(family)
+        return family, attempt(family)
+    except BatchLoop:
+        raise
     except ExportError as error:
         # Python that looks at contents cannot be traced; running the model tells whether that is the reason.
         special = specialised(module, family, (example, family.examples()[1]))
         if special is None:
             raise
         logger.info("%s: traced for the example's contents, since %s", family.class_name, error.found)
-        family, model = special, attempt(special)
-    _check_influence(module, family, model)
-    return family, model
+        return special, attempt(special)
 
 
 def _refuse_training(module: nn.Module) -> None:
@@ -346,10 +366,11 @@ def verify(
     """
     worst = 0.0
     for index, feed in enumerate(feeds):
-        taken = {spec.name: feed[spec.name] for spec in graph.inputs}
+        # A graph with a fixed batch takes the first rows; a sample does not depend on those beside it.
+        taken = {spec.name: np.array(_first_rows(feed[spec.name], spec)) for spec in graph.inputs}
         wanted, found = reference(feed), run(graph.path, taken)
         for spec in graph.outputs:
-            error = relative_error(found[spec.name], wanted[spec.name])
+            error = relative_error(found[spec.name], _first_rows(wanted[spec.name], spec))
             if not error <= tolerance:
                 raise ExportError(
                     f"graph {graph.path.name}, output {spec.name!r}, input set {index}",
@@ -359,6 +380,10 @@ def verify(
                 )
             worst = max(worst, error)
     return worst
+
+
+def _first_rows(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+    return array[: spec.shape[0]] if spec.shape and isinstance(spec.shape[0], int) else array
 
 
 def verify_denoiser(graph: FloatGraph, module: nn.Module, family: Family, run: Run) -> float:

@@ -48,6 +48,10 @@ class ExportError(QuantempoError):
     """A graph could not be traced, or a pass broke its contract."""
 
 
+class BatchLoop(ExportError):
+    """A model's Python loops over the samples of a batch, so that a graph has a fixed batch."""
+
+
 class SchedulerRefused(QuantempoError):
     """The scheduler is not a linear map in sample, prediction and noise, so it has no step program."""
 

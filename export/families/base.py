@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -145,6 +146,29 @@ def _example_array(rng: np.random.Generator, array: ArrayInput, batch: int) -> N
         flags[..., :1] = 1  # a mask that hides everything has no softmax
         return flags.astype(array.dtype)
     return rng.standard_normal(shape).astype(array.dtype)
+
+
+def single(family: Family) -> Family:
+    """The family with a fixed batch of one, for models whose Python loops over the samples of a batch."""
+
+    def fixed(spec: TensorSpec) -> TensorSpec:
+        sizes = (_rows(size) if isinstance(size, str) else size for size in spec.shape)
+        return dataclasses.replace(spec, shape=tuple(sizes))
+
+    specs = family.all_inputs()
+
+    def first(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+        return array[tuple(slice(_rows(size)) if isinstance(size, str) else slice(None) for size in spec.shape)]
+
+    sets = tuple({spec.name: first(given[spec.name], spec) for spec in specs} for given in family.examples())
+    return dataclasses.replace(
+        family, border=(tuple(map(fixed, specs)), fixed(family.outputs()[0])), sets=sets,
+    )
+
+
+def _rows(size: str) -> int:
+    """What `batch` or `K*batch` is for one sample."""
+    return int(size.partition("*")[0]) if "*" in size else 1
 
 
 class Flat(nn.Module):

@@ -274,7 +274,8 @@ def trajectory_batches(
     """
     first = FIRST_SEED * (recipe.seed + 1)  # disjoint between recipes with different seeds
     declared = CalibrationSet(
-        samples=recipe.samples, batch=recipe.batch, guidance=recipe.guidance, programs=tuple(programs),
+        samples=recipe.samples, batch=min(recipe.batch, denoiser.max_batch or recipe.batch),
+        guidance=recipe.guidance, programs=tuple(programs),
         labels=deal_labels(denoiser, recipe), seeds=tuple(range(first, first + recipe.samples)),
     )
     check_arrays(denoiser, arrays, recipe.guidance)

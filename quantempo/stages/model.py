@@ -182,7 +182,7 @@ def export_model(opened: Opened, store: StageStore) -> Exported:
         decoder_graph = load_graph(traced.path("decoder.onnx"))
     made = Exported(
         name=source.name, class_name=source.class_name, digest=source.digest,
-        denoiser=_contract(family, facts.get("pinned", [])),
+        denoiser=_contract(family, facts),
         graph=load_graph(denoiser.path("denoiser.onnx")), graph_file=denoiser.path("denoiser.onnx"),
         graph_digest=facts["digest"], decoder=decoder, decoder_graph=decoder_graph, scheduler=name,
         scheduler_digest=identity, programs={n: programs.path(f"{n:04d}.json") for n in steps},
@@ -247,7 +247,9 @@ def _denoiser(store: StageStore, source: ModelSource, family: Family) -> StageRe
             PinnedInput(name, str(array.dtype), array.shape, tuple(map(float, array.flat)))
             for name, array in sorted(graph.pinned.items())
         ]
-        (folder / FACTS).write_text(json.dumps({"digest": graph.digest, "pinned": to_data(pinned)}))
+        (folder / FACTS).write_text(json.dumps({
+            "digest": graph.digest, "pinned": to_data(pinned), "batch": graph.inputs[0].shape[0],
+        }))
 
     return store.run("denoiser", {
         "model": source.digest, "inputs": to_data(family.denoiser()), "code": code(*EXPORT_CODE),
@@ -255,13 +257,14 @@ def _denoiser(store: StageStore, source: ModelSource, family: Family) -> StageRe
     }, make)  # fmt: skip
 
 
-def _contract(family: Family, pinned: Any) -> Denoiser:
+def _contract(family: Family, facts: Mapping[str, Any]) -> Denoiser:
     """The manifest's description of a traced denoiser."""
-    found = tuple(from_data(PinnedInput, item, FACTS) for item in pinned)
+    found = tuple(from_data(PinnedInput, item, FACTS) for item in facts["pinned"])
+    rows = facts["batch"]
     names = {item.name for item in found}
     whole = family.denoiser()
     arrays = tuple(array for array in whole.arrays if array.name not in names)
-    return dataclasses.replace(whole, arrays=arrays, pinned=found)
+    return dataclasses.replace(whole, arrays=arrays, pinned=found, max_batch=rows if isinstance(rows, int) else None)
 
 
 def _decoder(store: StageStore, vae: Path, sample_shape: tuple[int, ...]) -> StageResult:
