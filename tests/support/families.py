@@ -137,3 +137,10 @@ def two_experts() -> Path:
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": 0.875}))
     return folder
+
+
+def json_class(config: Path) -> str:
+    """The class that a configuration file names."""
+    import json
+
+    return str(json.loads(config.read_text())["_class_name"])
