@@ -24,6 +24,7 @@ from quantempo.contracts.plan import Site
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import BatchLoop, ExportError
 from quantempo.export.capture import capture, first_line, quiet
+from quantempo.export.dense_experts import dense_experts
 from quantempo.export.families import Family, family_of
 from quantempo.export.families.adapters import load_adapters
 from quantempo.export.families.base import single
@@ -165,7 +166,7 @@ def _attempts(module: nn.Module, family: Family, name: str) -> tuple[Family, ir.
 
     def attempt(family: Family) -> ir.Model:
         args = tuple(torch.from_numpy(np.array(example[spec.name])) for spec in family.inputs())
-        with tracing_context():
+        with tracing_context(), dense_experts(module):
             model = capture(family.wrap(module).eval(), args, family.inputs(), family.outputs())
         return _normal_model(model, family.inputs(), family.outputs(), name, family.kept_channels)
 
