@@ -1,7 +1,7 @@
 """Mixtures of experts without routing in Python: every expert sees every token, and the router's weights choose.
 
 Python that routes tokens cannot be traced: which tokens go where depends on the sample.  With all experts on all
-tokens, `out = sum_i expert_i(x) * w_i`, where `w_i` is the weight of the router, zero where it chose others.  That is the
+tokens, `out = sum_i expert_i(x) * w_i`, where `w_i` is the weight of the router, zero where it chose others.  It is the
 same function with more arithmetic: as many times the cost of the experts as there are experts per chosen one.
 """
 
