@@ -10,13 +10,15 @@ Each BUNDLE was compiled with feature caching and has its float twin in `referen
 *Identity*: latents bit for bit and the PNG's bytes, over engines, precisions, schedulers, with feature caching (every
 second call of the program reuses) and without.  *Cost*, on ONNX Runtime with one thread (run it on an idle machine):
 microseconds a call of the loop outside the engine, resident memory beside a C program that opens and runs the same
-graph, seconds from opening to the first latents on warm files, bytes of the stripped library.
+graph, seconds from opening to the first latents on warm files (and the CPU seconds of that process, which other jobs
+disturb less), bytes of the stripped library.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -44,6 +46,7 @@ SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDis
 STEPS = 20
 LABELS = (1, 2, 7)
 RUNS = 30
+OPENINGS = 5
 
 
 def program_for(bundle: Path, scheduler: str, cached: bool, folder: Path) -> StepProgram:
@@ -116,7 +119,10 @@ def cost(build: Path, bundle: Path) -> dict[str, float]:
     calls = [float(words[1]) for words in said if words[0] == "call"]
     ours = said[-1]
     bare = call(build / "quantempo-bare", bundle / graphs["full"], library, *shape, 2, RUNS).split()
-    opened = [call(build / "quantempo-footprint", bundle, library, 1, 1, 1).splitlines() for _ in range(5)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    opened = [call(build / "quantempo-footprint", bundle, library, 1, 1, 1).splitlines() for _ in range(OPENINGS)]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computed = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return {
         "loop_us_per_call": round(1e6 * statistics.median(calls[1:]), 1),
         "worst_loop_us_per_call": round(1e6 * max(calls[1:]), 1),
@@ -124,6 +130,7 @@ def cost(build: Path, bundle: Path) -> dict[str, float]:
         "anonymous_mb": round(int(ours[3]) / 1024, 1), "bare_anonymous_mb": round(int(bare[3]) / 1024, 1),
         "open_seconds": statistics.median(float(lines[0].split()[1]) for lines in opened),
         "first_latents_seconds": statistics.median(float(lines[1].split()[1]) for lines in opened),
+        "process_cpu_seconds": round(computed / OPENINGS, 3),
     }
 
 
@@ -146,6 +153,7 @@ def main() -> None:
     parser.add_argument("bundles", type=Path, nargs="+")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=("identity", "cost"))
+    parser.add_argument("--conditions", default="idle machine", help="what else ran, for the page")
     arguments = parser.parse_args()
     build = configure_and_build(ROOT / "build" / "cpp", "-DQUANTEMPO_TESTS=ON")
     file: Path | None = arguments.json
@@ -153,7 +161,8 @@ def main() -> None:
     if arguments.only != "cost":
         results["identity"] = identity(build, arguments.bundles)
     if arguments.only != "identity":
-        results |= {"processor": processor(), "stripped_bytes": stripped_bytes(build)}
+        results |= {"processor": processor(), "conditions": arguments.conditions}
+        results["stripped_bytes"] = stripped_bytes(build)
         results["cost"] = {
             f"{bundle.name}, {precision}": cost(build, root)
             for bundle in arguments.bundles for precision, root in (("int8", bundle), ("float", bundle / "reference"))

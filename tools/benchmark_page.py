@@ -153,19 +153,20 @@ def cpp_runtime(results: dict[str, Any]) -> str:
         lines.append(f"- differs: {name}")
     if "cost" in results:
         lines += [
-            f"ONNX Runtime, one thread, guidance 4 (two rows a call), {results['processor']}.  *Bare* is a C program",
-            "that opens and runs the same graph and nothing else; *opening* verifies all digests and opens the graph,",
-            f"files in the page cache.  The stripped library has {results['stripped_bytes'] / 1e6:.2f} MB.", "",
+            f"ONNX Runtime, one thread, guidance 4 (two rows a call), {results['processor']}, {results['conditions']}.",
+            "*Bare* is a C program that opens and runs the same graph and nothing else; *opening* verifies all digests",
+            "and opens the graph, files in the page cache; *CPU* are the CPU seconds of a process that opens and runs",
+            f"one step.  The stripped library has {results['stripped_bytes'] / 1e6:.2f} MB.", "",
             "| bundle | loop, µs a call | worst | resident, MB | bare | anonymous, MB | bare | opening, s "
-            "| first latents, s |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| first latents, s | CPU, s |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, found in results["cost"].items():
             lines.append(
                 f"| {name} | {found['loop_us_per_call']:.1f} | {found['worst_loop_us_per_call']:.1f} | "
                 f"{found['resident_mb']:.1f} | {found['bare_resident_mb']:.1f} | {found['anonymous_mb']:.1f} | "
                 f"{found['bare_anonymous_mb']:.1f} | {found['open_seconds']:.3f} | "
-                f"{found['first_latents_seconds']:.3f} |"
+                f"{found['first_latents_seconds']:.3f} | {found['process_cpu_seconds']:.3f} |"
             )
     return "\n".join([*lines, ""])
 
