@@ -6,6 +6,7 @@ that is not there.  Such a graph is for rules and plans, not for running.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from quantempo.export.graph_files import INLINE_BYTES
 from quantempo.export.sites import default_plan
 from quantempo.export.source import open_structure
 from quantempo.export.trace import trace_model
+from quantempo.export.unfold import DIALECT, kept_when_unfolded
 
 ABSENT = "weights.absent"
 """The weight file that a structure refers to."""
@@ -33,7 +35,7 @@ def trace_structure(model: Path, target: Path) -> QuantPlan:
         target: the ONNX file to be.
 
     Returns:
-        The default plan for the graph, bound to no digest.
+        The default plan for the graph, bound to no digest, with what each dialect keeps.
 
     Raises:
         NotAModelDirectory, UnsupportedModel: see `quantempo.export.source.open_structure`.
@@ -67,4 +69,5 @@ def trace_structure(model: Path, target: Path) -> QuantPlan:
             )
             offset += tensor.nbytes
     target.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
-    return default_plan(graph, "")
+    plan = default_plan(graph, "")
+    return replace(plan, dialects={DIALECT: kept_when_unfolded(graph, plan)})

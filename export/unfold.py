@@ -29,7 +29,6 @@ from quantempo.contracts.plan import Keep, QuantPlan
 from quantempo.export.passes.base import GraphPass, Violation
 from quantempo.export.passes.edit import add_constant
 from quantempo.export.passes.remove_dead import RemoveDead
-from quantempo.export.weights import weight_of
 
 DIALECT = "unfold"
 NARROW = 128
@@ -41,7 +40,7 @@ _END = np.iinfo(np.int64).max
 
 
 def kept_when_unfolded(model: ir.Model, plan: QuantPlan) -> dict[str, Keep]:
-    """The quantized convolutions that this dialect leaves in float, by site id, with the reason.
+    """The quantized convolutions that this dialect leaves in float, by site id, with the reason; reads no weights.
 
     Args:
         model: float graph in normal form.
@@ -53,8 +52,9 @@ def kept_when_unfolded(model: ir.Model, plan: QuantPlan) -> dict[str, Keep]:
         node = by_output.get(site.output)
         if site.op != "conv" or node is None or node.op_type != "Conv":
             continue
-        area = int(np.prod(weight_of(model, site).shape[2:]))
-        if Geometry.of(node).groups != 1:
+        geometry = Geometry.of(node)
+        area = geometry.kernel[0] * geometry.kernel[1]
+        if geometry.groups != 1:
             kept[site.id] = Keep("grouped: the device has no INT8 convolutions, and it unfolds to many small products")
         elif area > 1 and site.n < NARROW:
             kept[site.id] = Keep(

@@ -132,7 +132,7 @@ def turing(builds: dict[str, Any]) -> str:
         if (graph, capability) == ("int8-f16", "sm75") and "sites" in entry:
             whole = builds[f"{model}/{graph}/sm89"]["sites"]
             counts.append(f"{entry['sites']} of {whole} sites of {model} ({entry['products']} products)")
-    return "\n".join([f"{', '.join(counts)},", "all on INT8; the rest is float16."]) if counts else "not built yet."
+    return "\n".join([*(f"- {count}" for count in counts), "", "All of them run on INT8; the rest is float16."])
 
 
 def cpp_runtime(results: dict[str, Any]) -> str:
@@ -180,7 +180,7 @@ def engines(results: dict[str, Any]) -> str:
         "CPU time and MB over the capabilities that build; kernels (arithmetic on sizes apart) and the products (GEMMs",
         "and convolutions) among them at capability 8.9; *packed* is the plan with its weights taken from the bundle,",
         "bit for bit.  No figure here is a run time.",
-        "INT8 graphs for 7.5 (Turing, without INT8 convolutions) are of the dialect `unfold`:", turing(builds), "",
+        "INT8 graphs for 7.5 (Turing, without INT8 convolutions) are of the dialect `unfold`:", "", turing(builds), "",
         "| model | graph | capabilities | refused | build, s | plan, MB | packed | kernels | products | fusion gate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -72,6 +72,10 @@ def test_a_model_directory_needs_no_weights(tmp_path: Path) -> None:
     report = check_subject(copy, "cpu")
     assert "the float graph from the configuration, and the default plan" in report.checked
     assert any(finding.rule == "plan" and "reads the model's input" in finding.found for finding in report.findings)
+    turing = check_subject(copy, "rtx-turing").findings
+    kept = [f for f in turing if f.rule == "plan" and "the device has no INT8 convolutions" in f.found]
+    assert kept, "what the target's own dialect keeps is shown"
+    assert len([f for f in turing if f.rule == "plan"]) == len(kept) + sum(f.rule == "plan" for f in report.findings)
 
 
 @pytest.mark.parametrize(
