@@ -75,24 +75,28 @@ class OrtStatic:
     Args:
         method: `MinMax`, `Entropy` or `Percentile`.
         products: quantize convolutions and matrix products with weights alone, not everything that it can.
+        float_outputs: do not round what a product returns, only what it reads.
         ours: leave in float what quantempo's plan leaves there.
     """
 
     method: str
     products: bool
+    float_outputs: bool = False
     ours: bool = False
     engine: str = "ort"
 
     @property
     def label(self) -> str:
-        scope = "layers with weights" if self.products else "all operators"
-        return f"quantize_static {self.method}, {scope}" + (", our float layers" if self.ours else "")
+        words = [f"quantize_static {self.method}", "layers with weights" if self.products else "all operators"]
+        words += ["float outputs"] if self.float_outputs else []
+        return ", ".join([*words, *(["our float layers"] if self.ours else [])])
 
     @property
     def asked(self) -> str:
-        layers = "op_types_to_quantize=[Conv, MatMul, Gemm], MatMulConstBOnly"
+        layers = "op_types_to_quantize=[Conv, MatMul, Gemm], nodes_to_exclude=products without weights"
         scope = layers if self.products else "all supported operators"
-        kept = ", nodes_to_exclude=the layers that quantempo keeps" if self.ours else ""
+        scope += ", OpTypesToExcludeOutputQuantization=[Conv, MatMul, Gemm]" if self.float_outputs else ""
+        kept = " and the layers that quantempo keeps" if self.ours else ""
         return (
             f"quant_pre_process, then quantize_static(QDQ, activations QUInt8, weights QInt8, per_channel, "
             f"{self.method}, {scope}{kept})"
@@ -104,14 +108,20 @@ class OrtStatic:
 
         prepared, path = job.folder / "quant_pre_process.onnx", file_of(self, job, ".onnx")
         quant_pre_process(job.graph, prepared)
+        # Its option MatMulConstBOnly, which says just that, does nothing in the QDQ format.
+        exclude = [*(products_without_weights(prepared) if self.products else [])]
+        exclude += nodes_that_make(prepared, job.keep) if self.ours else []
         quantize_static(
             prepared, path, reader(job.rows), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=False,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             op_types_to_quantize=list(PRODUCTS) if self.products else None,
-            nodes_to_exclude=nodes_that_make(prepared, job.keep) if self.ours else None,
+            nodes_to_exclude=exclude,
             calibrate_method=CalibrationMethod[self.method],
-            # Without a stride every tensor of every row is held in memory at once.
-            extra_options={"CalibStridedMinMax": stride(len(job.rows)), "MatMulConstBOnly": self.products},
+            extra_options={
+                # Without a stride every tensor of every row is held in memory at once.
+                "CalibStridedMinMax": stride(len(job.rows)),
+                "OpTypesToExcludeOutputQuantization": list(PRODUCTS) if self.float_outputs else [],
+            },
         )
         return path
 
@@ -226,7 +236,7 @@ OPTIMUM_SCRIPT = Path(__file__).with_name("peer_optimum.py")
 def tools(model: str, modelopt: Path | None, optimum: Path | None) -> list[Tool]:
     """Everything that is run on a model of this kind (`dit` or `unet`); without an interpreter a tool is left out."""
     found: list[Tool] = [OrtStatic(method, True) for method in ("MinMax", "Entropy", "Percentile")]
-    found += [OrtStatic(method, True, ours=True) for method in ("MinMax", "Percentile")]
+    found += [OrtStatic(method, True, True, ours) for method in ("MinMax", "Percentile") for ours in (False, True)]
     found += [OrtStatic("MinMax", False)]
     if modelopt is not None:
         found += [ModelOptOnnx(modelopt, method) for method in ("entropy", "max")]
@@ -277,6 +287,15 @@ def nodes_that_make(graph: Path, outputs: Sequence[str]) -> list[str]:
     if wrong := sorted(out for out, matches in found.items() if len(matches) != 1):
         raise ValueError(f"{graph.name} has {len(found[wrong[0]])} products {wrong[0]!r}; {len(wrong)} are not clear")
     return [name for matches in found.values() for name in matches]
+
+
+def products_without_weights(graph: Path) -> list[str]:
+    """Names of the products of two activations, which are those inside attention."""
+    import onnx
+
+    found = onnx.load(graph, load_external_data=False).graph
+    weights = {tensor.name for tensor in found.initializer}
+    return [node.name for node in found.node if node.op_type in PRODUCTS and not weights & set(node.input)]
 
 
 def write_rows(job: Job) -> Path:
