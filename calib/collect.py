@@ -179,6 +179,14 @@ class StatsCollector:
             merged._samples |= seen
         return merged
 
+    def at(self, keys: Iterable[float]) -> StatsCollector:
+        """A collector that saw the calls at some group keys alone."""
+        wanted = frozenset(keys)
+        found = StatsCollector(self.graph, self.tensors, self.by_channel)
+        found._cells = {name: cell.copy() for name, cell in self._cells.items() if name.key in wanted}
+        found._samples = Counter({name: n for name, n in self._samples.items() if name[0] in wanted})
+        return found
+
     def stats(self) -> dict[StatsKey, TensorStats]:
         """All cells in canonical order: by tensor, key, branch.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,10 @@ from quantempo.commands.compile import compile_command, plan_command, stages_com
 from quantempo.errors import OutputExists, QuantempoError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
     from quantempo.contracts.program import StepProgram
     from quantempo.progress import Progress
 
@@ -37,6 +41,9 @@ class Rng(str, Enum):
     torch_cpu = "torch-cpu"
 
 
+Inputs = Annotated[
+    Path | None, typer.Option(help="Conditioning arrays (.npz), as for --calib-set; negative_NAME with guidance.")
+]
 Engine = Annotated[str, typer.Option("--engine", help="Backend that runs the graphs; auto measures and remembers.")]
 
 
@@ -55,7 +62,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same picture.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps; 0 takes the bundle's default.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
-    count: Annotated[int, typer.Option(help="Images per class.")] = 1,
+    inputs: Inputs = None,
+    count: Annotated[int, typer.Option(help="Images per class, or per row of --inputs.")] = 1,
     rng: Annotated[Rng, typer.Option(help="philox, or torch-cpu for the noise that diffusers draws.")] = Rng.philox,
     scheduler: Annotated[Path | None, typer.Option(help="Another scheduler (needs the compile extra).")] = None,
     cache: Annotated[str, typer.Option(help="Feature caching: auto, none, or plan to refuse without one.")] = "auto",
@@ -63,23 +71,33 @@ def sample(
     threads: Threads = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Generate images from a bundle and write them as one grid."""
+    """Generate images from a bundle and write them as one grid, or latents to a .npy file."""
+    import numpy as np
+
     import quantempo
     from quantempo.runtime.images import grid, save
 
     _refuse_existing(out, overwrite)
+    latent = out.suffix == ".npy"
     session = quantempo.load(bundle, engine=engine, threads=threads, feature_cache=cache)
     names = [_label(name) for name in label or [] for _ in range(count)]
+    arrays = {name: np.repeat(rows, count, axis=0) for name, rows in _arrays(inputs).items()}
     program = _traced(scheduler, steps or session.manifest.programs.default_steps) if scheduler else None
     result = session(
-        class_labels=names or None, batch_size=None if names else count, seed=seed, rng=rng.value, program=program,
+        class_labels=names or None, batch_size=None if names or arrays else count, seed=seed, rng=rng.value,
+        program=program,
         num_inference_steps=None if program else steps or None, guidance_scale=guidance,
+        output_type="latent" if latent else "pil", **arrays,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    save(grid(list(result.images), columns=count if len(names) > count else 0), out)
+    if latent:
+        np.save(out, np.asarray(result.images))
+    else:
+        save(grid(list(result.images), columns=count if len(names) > count else 0), out)
     timings = result.timings
     reused = f", {timings.reused / timings.rows:.0%} of the evaluations reused features" if timings.reused else ""
-    typer.echo(f"wrote {out}: {len(result.images)} images, {timings.total:.2f} s{reused}")
+    what = "samples" if latent else "images"
+    typer.echo(f"wrote {out}: {len(result.images)} {what}, {timings.total:.2f} s{reused}")
 
 
 @app.command()
@@ -106,6 +124,7 @@ def report(
     judge: Annotated[Path | None, typer.Option(help="ONNX classifier for accuracy and Fréchet distance.")] = None,
     worst: Annotated[int, typer.Option(help="For how many tensors to measure what float would buy; 0 for none.")] = 10,
     min_psnr: Annotated[float | None, typer.Option(help="PSNR in dB to reach; below it the exit code is 1.")] = None,
+    inputs: Inputs = None,
     engine: Engine = "ort",
     threads: Threads = 0,
 ) -> None:
@@ -114,7 +133,7 @@ def report(
 
     options = ReportOptions(
         samples, population, _numbers(guidance, "--guidance"), steps, judge=judge, threads=threads, worst=worst,
-        min_psnr_db=min_psnr, engine=engine,
+        min_psnr_db=min_psnr, engine=engine, arrays=_arrays(inputs),
     )
     written = write_report(bundle, options, progress=_progress())
     typer.echo(written.text())
@@ -135,6 +154,12 @@ register(app)
 app.command("compile")(compile_command)
 app.command("plan")(plan_command)
 app.command("stages")(stages_command)
+
+
+def _arrays(path: Path | None) -> Mapping[str, NDArray[Any]]:
+    from quantempo.stages.conditioning import read_arrays
+
+    return {} if path is None else read_arrays(path, "inputs")
 
 
 def _label(word: str) -> int | str:

@@ -108,6 +108,10 @@ class QualityNotReached(QuantempoError):
     """A bundle is further from float than was asked for."""
 
 
+class NotReproduced(QuantempoError):
+    """A bundle that was made again has other bytes."""
+
+
 class OutputExists(QuantempoError):
     """The output path is taken."""
 

@@ -16,11 +16,11 @@ from quantempo.calib.selection import parse_selection
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.table import ScaleTable
 from quantempo.devices.guarding import guard_mode, guard_stage
-from quantempo.errors import PlanError
+from quantempo.errors import PlanError, RequestError
 from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
-from quantempo.runtime.bundle_writer import BundleWriter, check_target, clean_up
+from quantempo.runtime.bundle_writer import BundleWriter, aside, check_target, clean_up
 from quantempo.stages.cache_runs import CacheParts
 from quantempo.stages.cache_stage import cache_stage, check_cache_recipe, cut_for_caching
 from quantempo.stages.calibration import (
@@ -39,10 +39,11 @@ from quantempo.stages.programs import calibration_programs, trace_scheduler
 from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
 from quantempo.stages.range_scan import scan_ranges, scan_steps
 from quantempo.stages.store import StageRun, StageStore, open_store
-from quantempo.stages.writing import check_fused, float_view, write_float, write_quantized
+from quantempo.stages.writing import check_fused, float_view, require_pictures, write_float, write_quantized
 
 if TYPE_CHECKING:
     from quantempo.export.weights import QuantizedWeight
+    from quantempo.report.write import ReportSummary
 
 __all__ = [
     "ENGINE", "STATISTICS", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
@@ -84,6 +85,7 @@ def compile_model(
     loop: CalibrationLoop | None = None,
     work: Path | str | None = None,
     guard: str | None = None,
+    min_psnr: float | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CompileSummary:
@@ -101,14 +103,17 @@ def compile_model(
         work: where results of stages are kept for the next compile; `None` for the user's cache folder, see
             `quantempo.stages.store`.
         guard: `off`, `record` or `revert`; see `quantempo.devices.guarding`.
+        min_psnr: the finished bundle is compared with its float reference (see `quantempo.report.accept`); below so
+            many dB it goes to `OUT.rejected`, and what lay at `out` stays.
         overwrite: replace an older bundle.
         progress: where stages are shown.
 
     Raises:
+        QualityNotReached: `min_psnr` was not reached.
         QuantempoError: bad input, before the work starts; nothing is written then.
     """
     recipe, progress, out = recipe or Recipe(), progress or SilentProgress(), Path(out).absolute()
-    _check(out, overwrite, recipe, plan_file)
+    _check(out, overwrite, recipe, plan_file, min_psnr)
     choice = chosen_graphs(recipe)
     mode = guard_mode(guard)
     if recipe.precision == "fp8":
@@ -117,6 +122,9 @@ def compile_model(
     recipe, given = opened.recipe, opened.arrays
     with open_store(work, progress) as store:
         exported = export_model(opened, store)
+        view = float_view(exported, recipe)
+        if min_psnr is not None:
+            require_pictures(view.manifest.denoiser, exported.decoder, "compile with min_psnr")
         if recipe.precision == "float32":
             with progress.stage("write", WRITES):
                 bundle = write_float(exported, recipe, out, overwrite)
@@ -125,28 +133,54 @@ def compile_model(
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
         plan = plan if cut is None else cut.keep_free(plan)
-        view = float_view(exported, recipe)
         collected, table, weights, keys, second = _numbers(store, exported, view, plan, taps, opened, loop)
         choice = _with_ranges(choice, exported, view, opened, progress)
         guarded = guard_stage(exported, plan, table, weights, choice, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
         parts = CacheParts(exported, plan, table, weights, collected.statistics, view.manifest, recipe, given)
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
-        with progress.stage("write", WRITES), BundleWriter(out, overwrite=overwrite) as writer:
-            manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache, second)
-            if recipe.reference:
-                write_float(exported, recipe, writer.root / "reference", overwrite=False)
-                (writer.root / STATISTICS).parent.mkdir()
-                collected.statistics.save(writer.root / STATISTICS)
-            if cache is not None:
-                cache.write_report(writer.root)
-            bundle = writer.finish(manifest)
-            guarded.write(writer.root, bundle.digest)
+        with BundleWriter(out, overwrite=overwrite) as writer:
+            with progress.stage("write", WRITES):
+                manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache, second)
+                if recipe.reference:
+                    write_float(exported, recipe, writer.root / "reference", overwrite=False)
+                    (writer.root / STATISTICS).parent.mkdir()
+                    collected.statistics.save(writer.root / STATISTICS)
+                if cache is not None:
+                    cache.write_report(writer.root)
+                bundle = writer.finish(manifest)
+                guarded.write(writer.root, bundle.digest)
+            judged = None if min_psnr is None else _judge(writer, min_psnr, recipe, given, progress)
+    if judged is not None:
+        judged.check(aside(out))
     return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups, tuple(store.runs))
 
 
-def _check(out: Path, overwrite: bool, recipe: Recipe, plan_file: Path | None) -> None:
+def _judge(
+    writer: BundleWriter, min_psnr: float, recipe: Recipe, arrays: Mapping[str, NDArray[Any]], progress: Progress
+) -> ReportSummary:
+    """Report on the bundle that is about to be published; one that fails will go to `aside(out)`."""
+    from quantempo.report.accept import judge
+
+    judged = judge(writer.root, min_psnr, recipe, arrays, progress)
+    if not judged.passed:
+        writer.set_aside()
+    return dataclasses.replace(judged, folder=writer.target / judged.folder.name)
+
+
+def _check(
+    out: Path, overwrite: bool, recipe: Recipe, plan_file: Path | None, min_psnr: float | None = None
+) -> None:
     """What can be refused before the model is opened."""
+    if min_psnr is not None:
+        check_target(aside(out), True)
+        if recipe.precision == "float32" or not recipe.reference:
+            raise RequestError(
+                "min_psnr", found="a float bundle" if recipe.precision == "float32" else "a recipe without reference",
+                wanted="a quantized bundle with its float reference",
+                cause="quality is measured against the float model",
+                remedy="leave out --min-psnr" if recipe.precision == "float32" else "compile with --reference",
+            )
     clean_up(out)
     check_target(out, overwrite)
     method_named(recipe.range_method)

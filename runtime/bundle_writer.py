@@ -124,6 +124,18 @@ class BundleWriter:
         self._finished = OpenBundle(self.target, complete, digest(text))
         return self._finished
 
+    def set_aside(self) -> Path:
+        """Let the finished bundle go to `aside(target)`, and leave the target alone; returns that path.
+
+        Raises:
+            OutputExists: something other than a bundle lies there.
+        """
+        self.target, self._overwrite = aside(self.target), True
+        check_target(self.target, True)
+        if self._finished is not None:
+            self._finished = dataclasses.replace(self._finished, root=self.target)
+        return self.target
+
     def _publish(self) -> None:
         _sync_tree(self.root)
         if not os.path.lexists(self.target):
@@ -144,6 +156,11 @@ class BundleWriter:
             old.rename(self.target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def aside(target: Path) -> Path:
+    """Where a bundle goes that was not good enough for its target: `NAME.rejected` beside it."""
+    return target.with_name(f"{target.name}.rejected")
 
 
 def clean_up(target: Path) -> None:

@@ -284,6 +284,14 @@ class Session:
                 remedy="pass output_type='latent' and decode with the model's VAE",
             )
         started = time.perf_counter()
+        channels = self.manifest.denoiser.latents_shape[0]
+        if output_type == "pil" and self.manifest.decoder.graph is None and channels not in (1, 3):
+            raise RequestError(
+                "output_type", found=f"'pil' for latents of {channels} channels without a decoder",
+                wanted="'latent' or 'np'", cause="the bundle was compiled from a denoiser directory alone",
+                remedy="ask for output_type='latent' (on the command line: -o FILE.npy), or compile the pipeline "
+                "directory, with its vae/ folder",
+            )
         resolved = resolve(request, self.manifest)
         result = self._loop.run(program, _loop_request(resolved, observer, on_step))
         resolved.store()

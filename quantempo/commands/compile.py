@@ -111,6 +111,9 @@ def compile_command(
     guard: Annotated[
         str | None, typer.Option(help="Latency guard: off, record (default), or revert what loses to float.")
     ] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="PSNR to float in dB to reach; a bundle below it goes to OUT.rejected.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     quiet: Quiet = False,
     log: LogFormat = Log.text,
@@ -129,8 +132,8 @@ def compile_command(
     )
     try:
         summary = compile_model(
-            model, out, chosen, scheduler=scheduler, plan_file=plan, work=work, guard=guard, overwrite=overwrite,
-            progress=_progress(quiet, log),
+            model, out, chosen, scheduler=scheduler, plan_file=plan, work=work, guard=guard, min_psnr=min_psnr,
+            overwrite=overwrite, progress=_progress(quiet, log),
         )
     except KeyboardInterrupt as stop:
         typer.echo("interrupted; the same command goes on where it stopped", err=True)

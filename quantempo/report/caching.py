@@ -86,11 +86,11 @@ def naive_images(bundle: OpenBundle, options: ReportOptions) -> Images:
 
 def trajectory_times(session: Session, options: ReportOptions) -> dict[str, float]:
     """Median milliseconds of a whole run of one guided sample, with and without caching in alternation."""
-    labels = [0] if session.manifest.denoiser.classes else None
+    given = Sampler(session, options).conditioning(0, 1)
 
     def once(mode: Literal["none", "plan"]) -> float:
         timing = session(
-            class_labels=labels, batch_size=1, seed=0, guidance_scale=options.guidance[0], output_type="latent",
+            **given, batch_size=1, seed=0, guidance_scale=options.guidance[0], output_type="latent",
             num_inference_steps=options.steps, feature_cache=mode,
         ).timings
         return 1e3 * timing.total

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from quantempo.quality import Images, Judge, psnr_db, ssim
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.session import Session
 from quantempo.stages.dialects import GraphChoice
+from quantempo.stages.writing import require_pictures
 
 OTHER_SEEDS = 500_000
 """Offset of the seeds of the second float population; disjoint from held-out and calibration seeds."""
@@ -53,6 +54,7 @@ class ReportOptions:
         worst: for how many tensors to measure what keeping their sites in float would buy, the noisiest first.
         worst_samples: seeds for that.
         min_psnr_db: what the headline has to reach; `None` gives no verdict.
+        arrays: conditioning by input name, a row per sample, used in turn; as for calibration.
     """
 
     samples: int = 64
@@ -68,6 +70,7 @@ class ReportOptions:
     worst: int = 10
     worst_samples: int = 8
     min_psnr_db: float | None = None
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,15 @@ class Subject:
     statistics: StatsCollector
 
 
-def open_subject(path: Path) -> Subject:
+def open_subject(path: Path, pictures: bool = True) -> Subject:
     """Open a quantized bundle with its float reference.
 
+    Args:
+        path: the bundle.
+        pictures: whether its results have to be pictures.
+
     Raises:
-        BundleError: the bundle is a float one, or has no reference.
+        BundleError: the bundle is a float one, has no reference, or makes no pictures.
     """
     bundle = read_bundle(path)
     plan = load_plan(bundle)
@@ -111,6 +118,8 @@ def open_subject(path: Path) -> Subject:
             cause="it was compiled without a reference, or the folders were deleted",
             remedy="compile it again with --reference",
         )
+    if pictures:
+        require_pictures(bundle.manifest.denoiser, bundle.manifest.decoder, f"report of {path}")
     return Subject(bundle, read_bundle(folder), plan, StatsCollector.load(path / STATISTICS))
 
 
@@ -131,13 +140,20 @@ class Sampler:
         known = sorted(int(label) for label in classes[0].names) or range(min(classes[0].count, 10))
         return np.array([known[i % len(known)] for i in range(count)], np.int64)
 
+    def conditioning(self, start: int, stop: int) -> dict[str, Any]:
+        """What a call is given for the samples `start` to `stop`: labels, or rows of the options' arrays."""
+        labels = self.labels(stop)
+        rows = np.arange(start, stop)
+        given: dict[str, Any] = {name: a[rows % len(a)] for name, a in self.options.arrays.items()}
+        return given if labels is None else {**given, "class_labels": labels[start:stop].tolist()}
+
     def images(self, count: int, guidance: float, first_seed: int = 0, advance: Advance | None = None) -> Images:
         """Images (count, height, width, channels) in [0, 1] of the seeds `first_seed …`."""
-        labels, parts = self.labels(count), []
+        parts = []
         for start in range(0, count, self.options.batch):
             stop = min(count, start + self.options.batch)
             out = self.session(
-                class_labels=None if labels is None else labels[start:stop].tolist(),
+                **self.conditioning(start, stop),
                 seed=list(range(first_seed + start, first_seed + stop)), guidance_scale=guidance,
                 num_inference_steps=None if self.program else self.options.steps, program=self.program,
                 output_type="np", batch_size=stop - start, feature_cache=self.feature_cache,
@@ -235,11 +251,11 @@ class Speed:
 def measure_speed(quantized: Session, floating: Session, options: ReportOptions) -> Speed:
     """Time both sessions in alternation on whole runs of about ten steps at batch 1 with guidance."""
     steps = min(quantized.bundle.steps, key=lambda count: abs(count - 10))
-    labels = [0] if quantized.manifest.denoiser.classes else None
+    given = Sampler(quantized, options).conditioning(0, 1)
 
     def once(session: Session) -> tuple[float, float]:
         timing = session(
-            class_labels=labels, batch_size=1, seed=0, guidance_scale=1.5, num_inference_steps=steps,
+            **given, batch_size=1, seed=0, guidance_scale=1.5, num_inference_steps=steps,
             output_type="latent",
         ).timings
         return 1e3 * timing.engine / timing.calls, 1e3 * timing.overhead_per_call

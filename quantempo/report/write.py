@@ -37,6 +37,7 @@ from quantempo.report.page import Pictures, best_single, write_page
 from quantempo.report.sheet import AMPLIFY, Panel, contact_sheet, error_panel
 from quantempo.report.worst import measure_gains
 from quantempo.runtime.session import Session
+from quantempo.stages.conditioning import check_arrays
 
 REPORT_VERSION = 1
 SHEET_IMAGES = 16
@@ -54,22 +55,33 @@ class ReportSummary:
         """The report's table."""
         return table(self.facts) + f"\n\nwrote {self.folder / 'index.html'}, report.json and pictures"
 
-    def check(self) -> None:
+    @property
+    def passed(self) -> bool:
+        """Whether the bundle is as close to float as was asked for; yes, where nothing was."""
+        verdict = self.facts.get("verdict")
+        return verdict is None or bool(verdict["passed"])
+
+    def check(self, kept: Path | None = None) -> None:
         """Refuse a bundle that is further from float than was asked for.
+
+        Args:
+            kept: where the bundle was put instead of its target.
 
         Raises:
             QualityNotReached: names the site that costs most.
         """
-        verdict, quality, worst = self.facts.get("verdict"), self.facts["quality"], self.facts["analysis"]["worst"]
-        if verdict is None or verdict["passed"]:
+        if self.passed:
             return
+        verdict, quality, worst = self.facts["verdict"], self.facts["quality"], self.facts["analysis"]["worst"]
+        where = f"; this bundle lies at {kept}, and nothing was changed at its target" if kept else ""
         first = ", ".join(worst[0]["sites"]) if worst else ""
         raise QualityNotReached(
             f"report {self.folder}", found=f"{quality['psnr_db']:.2f} dB at guidance {quality['guidance']:g}",
             wanted=f"at least {verdict['min_psnr_db']:.2f} dB",
             cause=f"{first} loses most: in float it would give {worst[0]['gain_db']:+.2f} dB" if worst
             else "some sites do not stand 8 bits; a report with --worst 10 names them",
-            remedy="keep the sites at the head of the report's list in float (--keep), or calibrate with more samples",
+            remedy="keep the sites at the head of the report's list in float (--keep), or calibrate with more samples"
+            + where,
         )
 
 
@@ -86,6 +98,7 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
     """
     options, progress = options or ReportOptions(), progress or SilentProgress()
     subject = open_subject(bundle)
+    check_arrays(subject.bundle.manifest.denoiser, options.arrays, f"report of {bundle}")
     options = replace(options, engine=engine_named(options.engine, subject.bundle, options.threads))
     # FP8 hardly knows groups: the comparison would say nothing, at a price.
     tables = single_scale_tables(subject) if options.single_scale and not simulated(subject.bundle) else {}

@@ -211,17 +211,24 @@ def _selection(
         for batch in batches
         for index, call in enumerate(programs[batch.program].calls)
     ]
-    features: dict[float, NDArray[Any]] = {}
-    if needs_features(recipe.selection):
-        deep = [name for name in taps.tensors if "mid_block" in name] or list(taps.products) or list(taps.tensors)
-
-        def describe(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
-            inner = [name for name in deep if name in outputs]
-            # The mean over the rows, guided ones too: what all samples of a timestep have in common.
-            features[seen.call.key] = outputs[inner[len(inner) // 2]].array.mean(axis=0)
-
-        sample(batches[0], describe)
+    features = call_features(batches[0], taps, sample) if needs_features(recipe.selection) else {}
     return select(recipe.selection, visits, seed=recipe.seed, features=features)
+
+
+def call_features(
+    batch: TrajectoryBatch, taps: Taps, sample: Callable[[TrajectoryBatch, CallObserver], None]
+) -> dict[float, NDArray[Any]]:
+    """What describes the calls at each group key: a tensor from the middle of the network, from one run of a batch."""
+    features: dict[float, NDArray[Any]] = {}
+    deep = [name for name in taps.tensors if "mid_block" in name] or list(taps.products) or list(taps.tensors)
+
+    def describe(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
+        inner = [name for name in deep if name in outputs]
+        # The mean over the rows, guided ones too: what all samples of a timestep have in common.
+        features[seen.call.key] = outputs[inner[len(inner) // 2]].array.mean(axis=0)
+
+    sample(batch, describe)
+    return features
 
 
 def calibration_stage(

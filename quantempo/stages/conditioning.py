@@ -44,7 +44,7 @@ def resolve(
             found = "no such file" if path.suffix in KINDS else f"a file of type {path.suffix or 'none'}"
             raise _refuse(where, found, "a file of type " + " or ".join(KINDS), "see docs/recipe.md for the formats")
         if path.suffix == ".npz":
-            arrays, labels = _read_arrays(path), recipe.classes
+            arrays, labels = read_arrays(path), recipe.classes
         elif not denoiser.classes and denoiser.arrays and encode is not None:
             arrays, labels = encode(_entries(path)), recipe.classes
         else:
@@ -57,13 +57,23 @@ def resolve(
     return recipe, arrays
 
 
-def _read_arrays(path: Path) -> Arrays:
+def read_arrays(path: Path, what: str = "calibration set") -> Arrays:
+    """The arrays of a .npz file by name.
+
+    Raises:
+        RequestError: no such file, or not arrays of numbers.
+    """
+    if not path.is_file():
+        raise RequestError(
+            f"{what} {path}", found="no such file", wanted="a .npz file", cause="the path is misspelt",
+            remedy="write one with np.savez; docs/recipe.md says what is in it",
+        )
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (AttributeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise _refuse(
-            f"calibration set {path}", f"a file that numpy cannot read ({error})", "arrays of numbers",
+            f"{what} {path}", f"a file that numpy cannot read ({error})", "arrays of numbers",
             "write it again with np.savez, without Python objects",
         ) from error
 
@@ -147,8 +157,9 @@ def check_arrays(
                 f"{where}, input {name!r}", found="no array",
                 wanted=f"{spec.dtype} of shape (samples, {', '.join(map(str, spec.shape))})",
                 cause="this denoiser takes conditioning that quantempo cannot make up",
-                remedy="pass --calib-set FILE.npz with an array of this name"
-                + (", or --guidance 1 for no unconditional branch" if name != spec.name else ""),
+                remedy="write a .npz file with an array of this name; pass it as --calib-set to calibrate, as --inputs "
+                "to sample and to report"
+                + (", or take guidance 1, which has no unconditional branch" if name != spec.name else ""),
             )
         _check_array(f"{where}, array {name!r}", arrays[name], spec)
     rows = {name: len(arrays[name]) for name in wanted}

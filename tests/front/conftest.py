@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support import tiny_models
 
 from quantempo.cli import main
+from quantempo.inspection import load_plan
 from quantempo.pipeline import CompileSummary, compile_model
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
@@ -37,6 +40,18 @@ def unet_bundle(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> Open
     """The tiny UNet in INT8, from a denoiser directory and a scheduler directory."""
     model, out = tiny_models.unet(), tmp_path_factory.mktemp("front") / "unet"
     return compile_model(model, out, small, scheduler=model / "scheduler").bundle
+
+
+@pytest.fixture(scope="session")
+def maxima(dit_bundle: OpenBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibrated scales of the bundle itself, written as a ModelOpt state dictionary has them."""
+    plan, table = load_plan(dit_bundle), dit_bundle.scale_table()
+    assert plan is not None
+    assert table is not None
+    top = {site.module: table.of(site.tensor).symmetric_scale.max() * 127 for site in plan.quantized()}
+    file = tmp_path_factory.mktemp("modelopt") / "maxima.safetensors"
+    save_file({f"{name}.input_quantizer._amax": np.array(value, np.float32) for name, value in top.items()}, file)
+    return file
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""`compile --min-psnr`: a bundle that is not good enough is kept aside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import tiny_models
+
+from quantempo.contracts.table import ScaleTable
+from quantempo.errors import BundleError, OutputExists, RequestError
+from quantempo.pipeline import compile_model
+from quantempo.recipe import Recipe
+from quantempo.runtime.bundle import OpenBundle, read_bundle
+from quantempo.runtime.bundle_writer import aside
+from quantempo.stages import quantizers
+
+WORDS = (
+    "--samples", 8, "--batch", 4, "--steps", 4, "--guidance", "1.5", "--max-steps", 6, "--threads", 1, "--guard", "off",
+)
+
+
+def test_a_bundle_that_is_good_enough_is_written_with_its_report(cli: Any, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    code, text, err = cli("compile", tiny_models.dit_pipeline(), "-o", out, *WORDS, "--min-psnr", 1)
+    assert code == 0, err
+    assert f"wrote {out}" in text
+    verdict = json.loads((out / "report" / "report.json").read_text())["verdict"]
+    assert verdict == {"min_psnr_db": 1.0, "passed": True}
+    read_bundle(out)
+    assert not aside(out).exists()
+
+
+def test_a_bundle_that_is_not_goes_aside_and_the_older_one_stays(
+    cli: Any, dit_bundle: OpenBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One scale eight times too small, and a bar that the sound bundle reaches by far."""
+    import shutil
+
+    out = tmp_path / "bundle"
+    shutil.copytree(dit_bundle.root, out)
+    build = quantizers.build_table
+
+    def broken(*args: Any, **named: Any) -> ScaleTable:
+        table = build(*args, **named)
+        tensor = sorted(table.tensors)[0]
+        scales = table.of(tensor)
+        worse = dataclasses.replace(scales, scale=scales.scale / 8)
+        return ScaleTable(table.partition, {**table.tensors, tensor: worse})
+
+    monkeypatch.setattr(quantizers, "build_table", broken)
+    command = ("compile", tiny_models.dit_pipeline(), "-o", out, *WORDS, "--work", tmp_path / "work", "--overwrite")
+    code, _, err = cli(*command, "--min-psnr", 60)
+    assert code == 1, err
+    assert "QualityNotReached" in err
+    assert "wanted at least 60.00 dB" in err
+    assert f"this bundle lies at {aside(out)}, and nothing was changed at its target" in err
+    assert read_bundle(out).digest == dit_bundle.digest
+    rejected = read_bundle(aside(out))
+    assert rejected.digest != dit_bundle.digest
+    assert not json.loads((rejected.root / "report" / "report.json").read_text())["verdict"]["passed"]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    # Another failure takes the place of the first.
+    assert cli(*command, "--min-psnr", 70)[0] == 1
+    facts = json.loads((aside(out) / "report" / "report.json").read_text())
+    assert facts["verdict"]["min_psnr_db"] == 70
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"precision": "float32"}, "a float bundle"), ({"reference": False}, "a recipe without reference")],
+    ids=["float", "no-reference"],
+)
+def test_what_cannot_be_judged_is_refused_before_the_work(
+    small: Recipe, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    recipe = dataclasses.replace(small, **changes)
+    with pytest.raises(RequestError, match=words):
+        compile_model(tmp_path / "no-such-model", tmp_path / "out", recipe, min_psnr=40.0)
+
+
+def test_a_model_without_pictures_is_refused(small: Recipe, tmp_path: Path) -> None:
+    model = tiny_models.dit_pipeline()
+    with pytest.raises(BundleError, match=r"latents of 4 channels and no decoder[\s\S]*with the vae/ folder"):
+        compile_model(model / "transformer", tmp_path / "out", small, scheduler=model / "scheduler", min_psnr=40.0)
+
+
+def test_a_stranger_at_the_place_for_rejected_bundles_is_named_before_the_work(small: Recipe, tmp_path: Path) -> None:
+    aside(tmp_path / "out").mkdir()
+    (aside(tmp_path / "out") / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExists, match=r"out\.rejected: found a directory that is not a bundle"):
+        compile_model(tmp_path / "no-such-model", tmp_path / "out", small, min_psnr=40.0)
