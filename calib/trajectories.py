@@ -325,7 +325,12 @@ class _Calibration:
 
     def _aside(self, done: int) -> Path:
         assert self._checkpoint is not None
-        return self._checkpoint.with_name(f"{self._checkpoint.name}.{done}")
+        return companion_file(self._checkpoint, done)
+
+
+def companion_file(checkpoint: Path, done: int) -> Path:
+    """Where the companion of a checkpoint lies after so many batches."""
+    return checkpoint.with_name(f"{checkpoint.name}.{done}")
 
 
 def _batches_done(checkpoint: Path, identity: str) -> list[int]:

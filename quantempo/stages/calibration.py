@@ -23,6 +23,7 @@ from quantempo.calib.trajectories import (
     ProgramChoice,
     RunBatch,
     TrajectoryBatch,
+    companion_file,
     plan_batches,
     run_calibration,
 )
@@ -243,12 +244,16 @@ def calibration_stage(
 
     def make(folder: Path, advance: Advance) -> None:
         checkpoint = folder / "checkpoint"
+        grams = companion_file(checkpoint, len(batches))
+        if (folder / GRAMS).exists():  # killed after the renaming below
+            (folder / GRAMS).replace(grams)
         found = calibrate(
             bundle, taps, recipe, arrays=arrays, programs=programs, loop=loop, batches=batches, checkpoint=checkpoint,
             progress=advance,
         )
-        found.grams.save(folder / GRAMS)
         found.statistics.save(folder / STATISTICS_FILE)
+        # The last checkpoint holds the same matrices; they may be as large as half a model.
+        grams.replace(folder / GRAMS)
         for path in folder.glob("checkpoint*"):
             path.unlink()
         # Engine and matrices are as large as the model; what comes next reads them from files.

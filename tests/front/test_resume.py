@@ -21,6 +21,7 @@ from quantempo.errors import CalibrationError, DiskFull
 from quantempo.pipeline import compile_model
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, file_digest, read_bundle
+from quantempo.stages import store
 from quantempo.stages.store import default_root
 
 TRACES = ("sampler", "denoiser", "decoder", "plan")
@@ -92,6 +93,35 @@ def test_a_killed_compile_goes_on_to_the_same_bytes(
     assert tree(out) == tree(whole.root)
     assert [p.name for p in out.parent.iterdir()] == ["bundle"]
     assert not list(work.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("at", ["before the files are sealed", "after the checkpoint is gone"])
+def test_an_interruption_after_the_last_batch_costs_no_byte(
+    whole: OpenBundle, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The last checkpoint's matrices become the result by renaming; both sides of that are safe."""
+    seal, glob = store.seal, Path.glob
+
+    def sealed(folder: Path, stage: str, inputs: Any) -> None:
+        if stage == "calibrate":
+            raise KeyboardInterrupt
+        seal(folder, stage, inputs)
+
+    def listed(path: Path, pattern: str) -> Any:
+        if pattern == "checkpoint*":
+            raise KeyboardInterrupt
+        return glob(path, pattern)
+
+    with monkeypatch.context() as patched:
+        if at.startswith("before"):
+            patched.setattr(Path, "glob", listed)
+        else:
+            patched.setattr(store, "seal", sealed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path / "bundle", work)
+    made = resume(tmp_path / "bundle", work)
+    assert tree(made.bundle.root) == tree(whole.root)
+    assert not list((work / "calibrate").rglob("*.partial"))
 
 
 def test_batches_before_an_interruption_are_not_run_again(
