@@ -81,7 +81,7 @@ def sample(
     latent = out.suffix == ".npy"
     session = quantempo.load(bundle, engine=engine, threads=threads, feature_cache=cache)
     names = [_label(name) for name in label or [] for _ in range(count)]
-    arrays = {name: np.repeat(rows, count, axis=0) for name, rows in _arrays(inputs).items()}
+    arrays: dict[str, Any] = {name: np.repeat(rows, count, axis=0) for name, rows in _arrays(inputs).items()}
     program = _traced(scheduler, steps or session.manifest.programs.default_steps) if scheduler else None
     result = session(
         class_labels=names or None, batch_size=None if names or arrays else count, seed=seed, rng=rng.value,
