@@ -6,9 +6,9 @@ The demo DiT at W8A6 with one scale for all timesteps, so that it matters which 
 trajectories are run once per calibration seed, with statistics of every call of every batch apart; a selection then
 adds up those that it chooses.  Every method has the budget of a single timestep: one call in twenty, from all batches.
 
-The rival, a calibration on a single timestep, is not one number: which timestep?  Five of the twenty are measured, evenly
-spread, and the one in the middle.  A method has to beat their mean (a timestep taken without knowing better); it is
-shown against the one in the middle and against the best, too, which nobody knows beforehand.
+The rival, a calibration on a single timestep, is not one number: which timestep?  Five of the twenty are measured,
+evenly spread, and the one in the middle.  A method has to beat their mean (a timestep taken without knowing better); it
+is shown against the one in the middle and against the best, too, which nobody knows beforehand.
 
 Held-out float trajectories on other seeds give inputs; the error of a method is the mean squared error of the quantized
 prediction on them against the float one, over all calls.  The answer depends on how ranges are clipped, so it is given
