@@ -410,6 +410,53 @@ def fill_readme() -> None:
     path.write_text(f"{before}<!-- numbers: begin -->\n{headline()}\n<!-- numbers: end -->{after}")
 
 
+def compile_cost(facts: dict[str, Any]) -> str:
+    """Memory and time of a compile at size."""
+    lines = [
+        "## What a compile costs", "", "```bash", facts["command"], "```", "",
+        f"DiT-XL/2 with random weights ({facts['weights_bytes'] / 1e9:.2f} GB in float32), 2 samples of 4 steps with "
+        "guidance, export included, one thread.  Memory is peak anonymous memory; pages of mapped weight files do not "
+        f"count.  The peak is {facts['memory_ratio']:.2f} × the float weights; calibration takes "
+        f"{facts['cpu_time_ratio']:.2f} × the CPU time of sampling the same trajectories on the same engine.", "",
+        "| stage | peak anonymous memory, GB | CPU seconds |", "| --- | --- | --- |",
+    ]
+    for stage, peak in facts["peak_anonymous_bytes"].items():
+        if stage in facts["cpu_seconds"]:
+            lines.append(f"| {stage} | {peak / 1e9:.2f} | {facts['cpu_seconds'][stage]:.1f} |")
+    return "\n".join([*lines, ""])
+
+
+def resume(facts: dict[str, Any]) -> str:
+    """Kills and clean resumes."""
+    stages: dict[str, int] = {}
+    for one in facts["rounds"]:
+        stages[one["stage"]] = stages.get(one["stage"], 0) + 1
+    spread = ", ".join(f"{count} in `{stage}`" for stage, count in sorted(stages.items(), key=lambda item: -item[1]))
+    return "\n".join([
+        "## Killed and resumed", "", "```bash", facts["command"], "```", "",
+        f"{facts['kills']} compiles of the demo model were killed (SIGKILL) at random moments: {spread}.  After "
+        f"{facts['clean']} of them the older bundle was whole, and the same command went on to the same bytes.", "",
+    ])  # fmt: skip
+
+
+def selection(facts: dict[str, Any]) -> str:
+    """Ways to choose calibration calls."""
+    lines = [
+        "## Which calls calibration looks at", "", "```bash", facts["command"], "```", "",
+        f"Demo DiT at W8A6, one scale for all timesteps, {facts['seeds']} calibrations; mean squared error of the "
+        f"prediction over all calls of {facts['held_out']} held-out trajectories.  Gains in dB over a calibration on a "
+        "single timestep of the same size: the mean over timesteps, the one in the middle, and the best one "
+        "(which nobody knows beforehand).", "",
+        "| ranges | selection | per-call MSE | over the mean | over the middle | over the best |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for ranges, rows in facts["rows"].items():
+        for name, row in rows.items():
+            gains = " | ".join(f"{row[f'gain_db_{which}']:+.2f}" for which in ("mean", "middle", "best"))
+            lines.append(f"| `{ranges}` | `{name}` | {row['mse']:.3e} | {gains} |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     fill_readme()
     parts = [HEAD]
@@ -417,7 +464,8 @@ def main() -> None:
         ("quality.json", quality), ("fp8.json", fp8), ("speed.json", speed), ("loop_overhead.json", overhead),
         ("openvino_speed.json", on_openvino), ("nncf.json", beside_nncf),
         ("peers.json", beside_peers),
-        ("tensorrt.json", engines), ("cpp_runtime.json", cpp_runtime),
+        ("tensorrt.json", engines), ("cpp_runtime.json", cpp_runtime), ("selection.json", selection),
+        ("compile_cost.json", compile_cost), ("kill_resume.json", resume),
     ):
         results = load(name)
         if results is not None:

@@ -33,7 +33,7 @@ class Bench:
             f"float      {s.float_ms_per_call:8.3f} ms a call\n"
             f"quantized  {s.int8_ms_per_call:8.3f} ms a call, {s.float_ms_per_call / s.int8_ms_per_call:.2f}×; "
             f"the loop itself {s.loop_overhead_ms_per_call:.3f} ms\n"
-            f"medians of {s.rounds} rounds in turn, one guided sample (two rows a call), {s.engine}, "
+            f"medians of {s.rounds} rounds in turn, one sample at the bundle's own guidance, {s.engine}, "
             f"{s.threads or 'all'} threads, {self.device}"
         )
 
@@ -67,9 +67,10 @@ def bench(
             remedy="measure it there, on its engine files",
         )
     arrays = {} if inputs is None else read_arrays(inputs, "inputs")
-    check_arrays(subject.bundle.manifest.denoiser, arrays, f"bench of {bundle}")
+    guidance = (subject.bundle.manifest.default_guidance,)  # 1 where the model has no unconditional branch
+    check_arrays(subject.bundle.manifest.denoiser, arrays, guidance, f"bench of {bundle}")
     chosen = engine_named(engine, subject.bundle, threads)
-    options = ReportOptions(engine=chosen, threads=threads, timing_rounds=rounds, arrays=arrays)
+    options = ReportOptions(engine=chosen, threads=threads, timing_rounds=rounds, arrays=arrays, guidance=guidance)
     with sessions(subject, options) as (quantized, floating):
         speed = measure_speed(quantized, floating, options)
     return Bench(subject.bundle.digest, cpu_features().fingerprint, speed)

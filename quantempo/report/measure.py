@@ -249,14 +249,13 @@ class Speed:
 
 
 def measure_speed(quantized: Session, floating: Session, options: ReportOptions) -> Speed:
-    """Time both sessions in alternation on whole runs of about ten steps at batch 1 with guidance."""
+    """Time both sessions in alternation on whole runs of about ten steps at batch 1, with guidance if it is reported."""
     steps = min(quantized.bundle.steps, key=lambda count: abs(count - 10))
-    given = Sampler(quantized, options).conditioning(0, 1)
+    given, guidance = Sampler(quantized, options).conditioning(0, 1), 1.5 if max(options.guidance) > 1 else 1.0
 
     def once(session: Session) -> tuple[float, float]:
         timing = session(
-            **given, batch_size=1, seed=0, guidance_scale=1.5, num_inference_steps=steps,
-            output_type="latent",
+            **given, batch_size=1, seed=0, guidance_scale=guidance, num_inference_steps=steps, output_type="latent",
         ).timings
         return 1e3 * timing.engine / timing.calls, 1e3 * timing.overhead_per_call
 

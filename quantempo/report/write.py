@@ -98,7 +98,7 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
     """
     options, progress = options or ReportOptions(), progress or SilentProgress()
     subject = open_subject(bundle)
-    check_arrays(subject.bundle.manifest.denoiser, options.arrays, f"report of {bundle}")
+    check_arrays(subject.bundle.manifest.denoiser, options.arrays, options.guidance, f"report of {bundle}")
     options = replace(options, engine=engine_named(options.engine, subject.bundle, options.threads))
     # FP8 hardly knows groups: the comparison would say nothing, at a price.
     tables = single_scale_tables(subject) if options.single_scale and not simulated(subject.bundle) else {}
