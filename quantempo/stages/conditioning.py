@@ -69,9 +69,12 @@ def read_arrays(path: Path, what: str = "calibration set") -> Arrays:
             remedy="write one with np.savez; docs/recipe.md says what is in it",
         )
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("one array without a name")
             return {name: file[name] for name in file.files}
-    except (AttributeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise _refuse(
             f"{what} {path}", f"a file that numpy cannot read ({error})", "arrays of numbers",
             "write it again with np.savez, without Python objects",
