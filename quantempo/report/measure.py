@@ -249,7 +249,7 @@ class Speed:
 
 
 def measure_speed(quantized: Session, floating: Session, options: ReportOptions) -> Speed:
-    """Time both sessions in alternation on whole runs of about ten steps at batch 1, with guidance if it is reported."""
+    """Time both sessions in alternation on whole runs of about ten steps at batch 1, guided if that is reported."""
     steps = min(quantized.bundle.steps, key=lambda count: abs(count - 10))
     given, guidance = Sampler(quantized, options).conditioning(0, 1), 1.5 if max(options.guidance) > 1 else 1.0
 
