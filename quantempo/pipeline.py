@@ -44,6 +44,7 @@ from quantempo.stages.writing import check_fused, float_view, require_pictures, 
 if TYPE_CHECKING:
     from quantempo.export.weights import QuantizedWeight
     from quantempo.report.write import ReportSummary
+    from quantempo.stages.cache_stage import FittedCache
 
 __all__ = [
     "ENGINE", "STATISTICS", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
@@ -141,19 +142,28 @@ def compile_model(
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
         with BundleWriter(out, overwrite=overwrite) as writer:
             with progress.stage("write", WRITES):
-                manifest = write_quantized(writer, exported, plan, table, weights, recipe, choice, cache, second)
-                if recipe.reference:
-                    write_float(exported, recipe, writer.root / "reference", overwrite=False)
-                    (writer.root / STATISTICS).parent.mkdir()
-                    collected.statistics.save(writer.root / STATISTICS)
-                if cache is not None:
-                    cache.write_report(writer.root)
-                bundle = writer.finish(manifest)
+                bundle = _fill(writer, parts, choice, cache, second)
                 guarded.write(writer.root, bundle.digest)
             judged = None if min_psnr is None else _judge(writer, min_psnr, recipe, given, progress)
     if judged is not None:
         judged.check(aside(out))
     return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups, tuple(store.runs))
+
+
+def _fill(
+    writer: BundleWriter, parts: CacheParts, choice: GraphChoice, cache: FittedCache | None,
+    second: Mapping[str, QuantizedWeight] | None,
+) -> OpenBundle:
+    """Write a quantized bundle, its float reference and what the report needs."""
+    exported, recipe = parts.exported, parts.recipe
+    manifest = write_quantized(writer, exported, parts.plan, parts.table, parts.weights, recipe, choice, cache, second)
+    if recipe.reference:
+        write_float(exported, recipe, writer.root / "reference", overwrite=False)
+        (writer.root / STATISTICS).parent.mkdir()
+        parts.statistics.save(writer.root / STATISTICS)
+    if cache is not None:
+        cache.write_report(writer.root)
+    return writer.finish(manifest)
 
 
 def _judge(

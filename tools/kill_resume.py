@@ -241,13 +241,14 @@ def report(args: argparse.Namespace, rounds: list[Round], spent: dict[str, float
 def load_everything() -> None:
     """Import what a compile imports, so that forks need not; nothing here starts a thread."""
     import diffusers  # noqa: F401
-    import onnxruntime  # noqa: F401
-    import onnxscript  # noqa: F401
     import torch.onnx  # noqa: F401
 
     import quantempo.export.families
     import quantempo.export.trace
     import quantempo.pipeline  # noqa: F401
+    from quantempo.engines import ort
+
+    ort.version()  # imports the library
 
 
 def main() -> int:
