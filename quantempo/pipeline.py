@@ -104,8 +104,7 @@ def compile_model(
         work: where results of stages are kept for the next compile; `None` for the user's cache folder, see
             `quantempo.stages.store`.
         guard: `off`, `record` or `revert`; see `quantempo.devices.guarding`.
-        min_psnr: the finished bundle is compared with its float reference (see `quantempo.report.accept`); below so
-            many dB it goes to `OUT.rejected`, and what lay at `out` stays.
+        min_psnr: dB to float that a bundle has to reach, or it goes to `OUT.rejected`; see `quantempo.report.accept`.
         overwrite: replace an older bundle.
         progress: where stages are shown.
 
@@ -124,13 +123,11 @@ def compile_model(
     with open_store(work, progress) as store:
         exported = export_model(opened, store)
         view = float_view(exported, recipe)
-        if min_psnr is not None:
-            require_pictures(view.manifest.denoiser, exported.decoder, "compile with min_psnr")
         if recipe.precision == "float32":
             with progress.stage("write", WRITES):
                 bundle = write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
-        _check_experts(exported, recipe)
+        _check_model(exported, recipe, min_psnr)
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
         plan = plan if cut is None else cut.keep_free(plan)
@@ -204,8 +201,10 @@ def _check(
         )
 
 
-def _check_experts(exported: Exported, recipe: Recipe) -> None:
-    """Refuse what is made for one denoiser alone."""
+def _check_model(exported: Exported, recipe: Recipe, min_psnr: float | None) -> None:
+    """Refuse what is made for one denoiser alone, and to judge pictures where there are none."""
+    if min_psnr is not None:
+        require_pictures(exported.denoiser, exported.decoder, "compile with min_psnr")
     for field, value in (("cache", recipe.cache), ("hard_cases", recipe.hard_cases)):
         if exported.second is not None and value not in ("none", 0):
             raise PlanError(
