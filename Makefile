@@ -25,6 +25,7 @@ test-full: lint
 	$(PY) -m pytest tests
 	$(PY) tools/cpp_sanitizers.py --json docs/cpp_sanitizers.json
 	$(PY) tools/scheduler_sweep.py
+	$(PY) tools/model_sweep.py
 	$(PY) benchmarks/quality.py --json docs/quality.json
 	$(PY) benchmarks/int8_speed.py --json docs/speed.json
 	$(PY) benchmarks/loop_overhead.py --json docs/loop_overhead.json

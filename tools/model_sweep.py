@@ -16,6 +16,7 @@ import multiprocessing
 import resource
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[name] = in_process(name, options.timeout)
         print(line(name, found[name]), flush=True)
         if path is not None:
-            write(path, found)
+            write(path, found, sorted(ZOO))
     print(", ".join(f"{n} {status}" for status, n in sorted(Counter(f["status"] for f in found.values()).items())))
     return 0
 
@@ -130,11 +131,18 @@ def line(name: str, finding: dict[str, Any]) -> str:
     return f"{name} {finding['status']} {finding['seconds']} s{error}{ratios}{sites}{cause}"
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """The file and, beside it, the page."""
+def write(path: Path, found: dict[str, Any], known: Sequence[str]) -> None:
+    """The file and, beside it, the page.
+
+    Args:
+        path: of the file.
+        found: what was measured, by class.
+        known: all classes of the zoo.
+    """
     counts = Counter(finding["status"] for finding in found.values())
     data = {
         "libraries": {name: version(name) for name in LIBRARIES}, "counts": dict(sorted(counts.items())),
+        "not measured": [name for name in known if name not in found],
         "classes": {name: found[name] for name in sorted(found)},
     }
     path.write_text(json.dumps(data, indent=1) + "\n")
@@ -155,10 +163,18 @@ def page(data: dict[str, Any]) -> str:
         "seen reaches at least 20 dB against the module.  *Partial*: the float graph is right, something after it is",
         "not.",
         "Tiny random models say that a class works, not how well a trained one can be quantized.", "",
-        f"{counts}.  {versions}.", "",
+        f"{counts}.  {versions}.", "", *unmeasured(data["not measured"]),
         "| class | status | float error | ORT, dB | OpenVINO, dB | sites quantized + kept | cache cut | cause |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |", *rows, "",
     ])  # fmt: skip
+
+
+def unmeasured(names: Sequence[str]) -> list[str]:
+    """What a run that was cut short did not come to."""
+    if not names:
+        return []
+    text = textwrap.fill(f"Not measured yet ({len(names)}; `--resume` goes on with them): {', '.join(names)}.", 118)
+    return [*text.splitlines(), ""]
 
 
 def row(name: str, finding: dict[str, Any]) -> str:

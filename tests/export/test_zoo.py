@@ -1,0 +1,76 @@
+"""Every denoiser class of diffusers: the zoo knows them all, and some go all the way here (the rest in the sweep)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.zoo import NOT_DENOISERS, ZOO, denoiser_classes
+from support.zoo.measure import ENOUGH_DB, measure, sqnr_db
+
+WITHOUT_ENTRY = {"WanAnimate2Transformer3DModel"}
+"""Its denoising call reads keys and values that an earlier call left in a Python object."""
+SAMPLE = (
+    "WanTransformer3DModel",  # five dimensions, rotary positions, an image prompt
+    "BriaFiboTransformer2DModel",  # a list of tensors as an argument, positions as inputs
+    "StableAudioDiTModel",  # one dimension of space, a tuple of tables as an argument
+)
+
+
+def test_the_zoo_has_an_entry_for_every_denoiser_class_of_the_library() -> None:
+    assert set(denoiser_classes()) - set(ZOO) == WITHOUT_ENTRY
+    assert not set(NOT_DENOISERS) & set(ZOO)
+
+
+def test_no_prediction_of_a_zoo_model_is_degenerate() -> None:
+    """Layers that start at zero would make every graph right and every quantization perfect."""
+    for name in SAMPLE:
+        entry = ZOO[name]
+        first, second = (_predict(entry.build(), given) for given in entry.examples())
+        assert first.std() > 0.1, name
+        assert (first[0] - second[0]).std() > 0.1, name
+
+
+def _predict(model: torch.nn.Module, given: dict[str, object]) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(**given, return_dict=False)[0]
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_class_goes_all_the_way_to_int8_on_two_engines(name: str, tmp_path: Path) -> None:
+    found = measure(ZOO[name], tmp_path)
+    assert found.status == "covered", found
+    assert found.float_error is not None
+    assert found.float_error <= 1e-4
+    assert found.groups == 2
+    assert min(found.sqnr_db.values()) >= ENOUGH_DB
+
+
+def test_a_failure_is_a_finding_with_its_cause(tmp_path: Path) -> None:
+    entry = ZOO["UNet2DModel"]
+    broken = type(entry)(entry.class_name, {**entry.config, "no_such_option": 1}, entry.inputs)
+    found = measure(broken, tmp_path)
+    assert (found.status, found.stage) == ("refused", "build")
+    assert "no_such_option" in found.cause
+
+
+def test_sqnr_is_minus_infinity_where_the_result_is_not_finite() -> None:
+    assert sqnr_db(np.ones(3), np.array([1.0, np.nan, 1.0])) == float("-inf")
+    assert sqnr_db(np.array([10.0, 0.0]), np.array([10.0, 1.0])) == pytest.approx(20.0)
+
+
+def test_the_page_of_coverage_is_made_from_its_file() -> None:
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("model_sweep", root / "tools" / "model_sweep.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sweep = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sweep)
+    data = json.loads((root / "docs" / "models.json").read_text())
+    assert (root / "docs" / "model-coverage.md").read_text() == sweep.page(data)
