@@ -266,7 +266,8 @@ def beside_nncf(results: dict[str, Any]) -> str:
         lines += [
             "",
             f"Demo {'DiT' if model == 'dit' else 'UNet'}, same-seed PSNR to float in dB, {found['samples']} held-out "
-            f"seeds; NNCF calibrated on {found['nncf_rows']} rows of our calibration:", "",
+            f"seeds; NNCF calibrated on {found['nncf_rows']} rows of our calibration"
+            f"{'; ' + found['note'] if 'note' in found else ''}:", "",
             f"| model, type of the unquantized rest | {' | '.join(cases)} |", "| --- |" + " --- |" * len(cases),
         ]
         for label in next(iter(cases.values())):
