@@ -120,6 +120,7 @@ def compile_model(
         mode = "off"  # FP8 is simulated here: its time says nothing about a device
     opened = open_model(Path(model), scheduler, recipe, arrays or {})
     recipe, given = opened.recipe, opened.arrays
+    _check_experts(opened)
     with open_store(work, progress) as store:
         exported = export_model(opened, store)
         view = float_view(exported, recipe)
@@ -127,7 +128,8 @@ def compile_model(
             with progress.stage("write", WRITES):
                 bundle = write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
-        _check_model(exported, recipe, min_psnr)
+        if min_psnr is not None:
+            require_pictures(exported.denoiser, exported.decoder, "compile with min_psnr")
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
         plan = plan if cut is None else cut.keep_free(plan)
@@ -201,12 +203,11 @@ def _check(
         )
 
 
-def _check_model(exported: Exported, recipe: Recipe, min_psnr: float | None) -> None:
-    """Refuse what is made for one denoiser alone, and to judge pictures where there are none."""
-    if min_psnr is not None:
-        require_pictures(exported.denoiser, exported.decoder, "compile with min_psnr")
+def _check_experts(opened: Opened) -> None:
+    """Refuse what is made for one denoiser alone."""
+    recipe = opened.recipe
     for field, value in (("cache", recipe.cache), ("hard_cases", recipe.hard_cases)):
-        if exported.second is not None and value not in ("none", 0):
+        if opened.source.expert is not None and value not in ("none", 0):
             raise PlanError(
                 f"recipe, {field}", found=repr(value), wanted="none for a model with two experts",
                 cause="it is fitted to one denoiser", remedy=f"leave {field} out",
