@@ -34,7 +34,13 @@ def variant(name):
     return source_of(base, **added())
 
 
-@pytest.mark.parametrize("name", [*families.MODELS, *ADDED])
+SLOW = ("sd", "lcm", "inpaint")
+"""Variants of a UNet whose parts others cover."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.full) if n in SLOW else n for n in (*families.MODELS, *ADDED)]
+)
 def test_graph_agrees_with_torch(name, tmp_path):
     source = variant(name)
     family, module = family_of(source), load_denoiser(source)
