@@ -266,7 +266,7 @@ MOVES = (
     "repeat.default", "cat.default", "stack.default", "index.Tensor", "index_select.default", "narrow.default",
     "split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "unbind.int", "clone.default",
     "contiguous.default", "detach.default", "detach_.default", "alias.default", "roll.default",
-    "repeat_interleave.self_int",
+    "repeat_interleave.self_int", "pad_sequence.default",
 )  # fmt: skip
 RULES: dict[Any, Rule] = {
     aten.view_as_complex.default: _from_real,

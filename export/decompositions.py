@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,17 @@ def _sort(node: Node, build: Builder) -> Node | None:
     return build(aten.sort.default, given["self"], dim, descending)
 
 
+def _einsum(node: Node, build: Builder) -> Node | None:
+    """Torch promotes operands of different types; ONNX's Einsum takes one type."""
+    operands: Any = node.args[1]
+    kinds = [value_of(operand).dtype for operand in operands]
+    if len(set(kinds)) < 2:
+        return None
+    wanted = functools.reduce(torch.promote_types, kinds)
+    same = [build(aten.to.dtype, operand, wanted) for operand in operands]
+    return build(aten.einsum.default, node.args[0], same)
+
+
 RULES: Mapping[Any, Rewrite] = {
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
@@ -91,4 +103,5 @@ RULES: Mapping[Any, Rewrite] = {
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.sort.stable: _sort,
+    aten.einsum.default: _einsum,
 }

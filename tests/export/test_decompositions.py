@@ -40,6 +40,10 @@ def polar(self, x, mask):
     return torch.cat([made.real, made.imag], 1)
 
 
+def outer(self, x, mask):
+    return torch.einsum("bn,d->bnd", x, torch.arange(3.0).double()).flatten(1).float()
+
+
 CASES = {
     "rotary embedding": rotate,
     "moves and parts": rearranged,
@@ -49,6 +53,7 @@ CASES = {
     "masked_fill of truth values": lambda self, x, mask: x * (x > 0).masked_fill(mask, True)
     + x.gt(0.5).masked_fill(mask, False),
     "stable sort": lambda self, x, mask: x.sort(dim=1, stable=True, descending=True).values,
+    "einsum of two types": outer,
     "tiny summand": lambda self, x, mask: (x * 0) / (x * 0 + 1e-15),
 }
 
