@@ -118,9 +118,8 @@ def compile_model(
     mode = guard_mode(guard)
     if recipe.precision == "fp8":
         mode = "off"  # FP8 is simulated here: its time says nothing about a device
-    opened = open_model(Path(model), scheduler, recipe, arrays or {})
+    opened = _check_experts(open_model(Path(model), scheduler, recipe, arrays or {}))
     recipe, given = opened.recipe, opened.arrays
-    _check_experts(opened)
     with open_store(work, progress) as store:
         exported = export_model(opened, store)
         view = float_view(exported, recipe)
@@ -128,8 +127,7 @@ def compile_model(
             with progress.stage("write", WRITES):
                 bundle = write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
-        if min_psnr is not None:
-            require_pictures(exported.denoiser, exported.decoder, "compile with min_psnr")
+        _check_pictures(exported, min_psnr)
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
         plan = plan if cut is None else cut.keep_free(plan)
@@ -203,7 +201,13 @@ def _check(
         )
 
 
-def _check_experts(opened: Opened) -> None:
+def _check_pictures(exported: Exported, min_psnr: float | None) -> None:
+    """Refuse to judge pictures where there are none."""
+    if min_psnr is not None:
+        require_pictures(exported.denoiser, exported.decoder, "compile with min_psnr")
+
+
+def _check_experts(opened: Opened) -> Opened:
     """Refuse what is made for one denoiser alone."""
     recipe = opened.recipe
     for field, value in (("cache", recipe.cache), ("hard_cases", recipe.hard_cases)):
@@ -212,6 +216,7 @@ def _check_experts(opened: Opened) -> None:
                 f"recipe, {field}", found=repr(value), wanted="none for a model with two experts",
                 cause="it is fitted to one denoiser", remedy=f"leave {field} out",
             )
+    return opened
 
 
 def _with_ranges(
