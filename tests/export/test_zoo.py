@@ -15,9 +15,8 @@ from support.zoo.measure import ENOUGH_DB, measure, sqnr_db
 WITHOUT_ENTRY = {"WanAnimate2Transformer3DModel"}
 """Its denoising call reads keys and values that an earlier call left in a Python object."""
 SAMPLE = (
-    "WanTransformer3DModel",  # five dimensions, rotary positions, an image prompt
-    "BriaFiboTransformer2DModel",  # a list of tensors as an argument, positions as inputs
-    "StableAudioDiTModel",  # one dimension of space, a tuple of tables as an argument
+    "AllegroTransformer3DModel",  # five dimensions, masks, nested tuples of rotary tables
+    "AnyFlowTransformer3DModel",  # two timesteps per frame, complex rotary positions
 )
 
 
