@@ -6,6 +6,8 @@ without a copy and keeps it alive.  A binding is bound once; a call is one `run_
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import tempfile
 import warnings
 from collections import Counter
@@ -42,13 +44,17 @@ SETTINGS = {
     "spinning": ("on", "off"),
     "integers": ("auto", "fast", "precise"),
     "cache": ("a folder",),
+    "arena": ("own", "shared"),
 }
 """What `EngineOptions.settings` may hold, and the values: graph optimization level, packing of weights at load (faster,
 one more copy in memory), whether idle threads spin (faster, but they burn a core), what happens to 8-bit weights on a
-CPU whose integer products saturate (`auto` takes the precise mode there, with a notice), and where optimized graphs are
-kept (empty: nowhere)."""
+CPU whose integer products saturate (`auto` takes the precise mode there, with a notice), where optimized graphs are
+kept (empty: nowhere), and whether the activations of all graphs that ask for it come from one pool of memory, which
+suits graphs that run in turns (the pool stays when they are closed)."""
 
-DEFAULTS = {"optimization": "all", "prepacking": "on", "spinning": "on", "integers": "auto", "cache": ""}
+DEFAULTS = {
+    "optimization": "all", "prepacking": "on", "spinning": "on", "integers": "auto", "cache": "", "arena": "own",
+}
 CPU = "CPUExecutionProvider"
 PRECISE = "session.x64quantprecision"
 OPTIMIZED, OPTIMIZED_WEIGHTS = "graph.onnx", "weights.bin"
@@ -198,6 +204,9 @@ def session_options(settings: Mapping[str, str], threads: int) -> Any:
     """A `SessionOptions` object from all of `SETTINGS`."""
     ort = library()
     made = ort.SessionOptions()
+    if settings["arena"] == "shared":
+        _register_arena()
+        made.add_session_config_entry("session.use_env_allocators", "1")
     if settings["integers"] == "precise":
         made.add_session_config_entry(PRECISE, "1")
     made.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[settings["optimization"]])
@@ -207,6 +216,15 @@ def session_options(settings: Mapping[str, str], threads: int) -> Any:
     made.inter_op_num_threads = 1
     made.log_severity_level = 3  # errors only: they come back as exceptions with the same words
     return made
+
+
+@functools.cache
+def _register_arena() -> None:
+    """Give the process one arena for all sessions that want it; where another library did, theirs is used."""
+    ort = library()
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    with contextlib.suppress(Exception):  # ONNX Runtime's words for "there is one already"
+        ort.create_and_register_allocator(place, None)
 
 
 def open_session(graph: Path, options: EngineOptions, configured: Any, providers: Sequence[Any] = (CPU,)) -> Any:

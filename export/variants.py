@@ -15,7 +15,7 @@ read them or not; features and vectors follow, then `scale_group` in quantized g
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,6 +29,7 @@ from quantempo.contracts.cache import (
     DeltaCut,
     FeatureCut,
     Probe,
+    SublayerCut,
     check_cut,
     correction_inputs,
     feature_name,
@@ -166,6 +167,23 @@ def branch_cut(model: ir.Model, index: int) -> FeatureCut:
             "another architecture, or a misspelling", "choose another branch, or a delta cut for a plain transformer",
         )
     return FeatureCut((found[index].deep,))
+
+
+def sublayer_cut(model: ir.Model, blocks: str, depth: int, among: Collection[int]) -> SublayerCut:
+    """The cut that reuses every attention and MLP layer of some blocks.
+
+    Args:
+        model: a graph in normal form.
+        blocks: module path of the list of blocks.
+        depth: how many there are.
+        among: indices of the blocks.
+
+    Raises:
+        ExportError: a block without such layers.
+    """
+    flow = Flow(model)
+    found = [len(sublayers(flow, blocks, index, f"cut of {blocks!r}")) for index in range(depth)]
+    return SublayerCut(tuple((index in among,) * count for index, count in enumerate(found)), blocks)
 
 
 def _points(model: ir.Model, flow: Flow, cut: Cut, what: str) -> tuple[_Point, ...]:

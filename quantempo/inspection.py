@@ -61,10 +61,12 @@ def cache_facts(bundle: OpenBundle) -> dict[str, Any] | None:
         return None
     file = bundle.path(index.plan)
     plan = from_data(CachePlan, parse_json(file.read_bytes(), str(file)), file.name)
-    reused = {
-        steps: sum(call != FULL for call in plan.schedules[steps].calls) / len(plan.schedules[steps].calls)
-        for steps in sorted(index.programs, key=int)
-    }
+    reused = {}
+    for steps in sorted(index.programs, key=int):
+        schedule = plan.schedules[steps]
+        share = sum(call != FULL for call in schedule.calls) / len(schedule.calls)
+        # Where calls decide for themselves, it is the share that they were fitted for.
+        reused[steps] = share if schedule.decide is None else plan.parameters.get("share", share)
     cuts = {name: {"kind": cut.kind, **to_data(cut)} for name, cut in plan.cuts.items()}
     return {"policy": plan.policy, "reused": reused, "cuts": cuts}
 

@@ -21,8 +21,9 @@ from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.runtime.bundle_writer import BundleWriter, aside, check_target, clean_up
+from quantempo.stages.cache_cuts import cut_for_caching
 from quantempo.stages.cache_runs import CacheParts
-from quantempo.stages.cache_stage import cache_stage, check_cache_recipe, cut_for_caching
+from quantempo.stages.cache_stage import CacheResult, cache_stage, check_cache_recipe
 from quantempo.stages.calibration import (
     ENGINE,
     Calibration,
@@ -44,7 +45,6 @@ from quantempo.stages.writing import check_fused, float_view, require_pictures, 
 if TYPE_CHECKING:
     from quantempo.export.weights import QuantizedWeight
     from quantempo.report.write import ReportSummary
-    from quantempo.stages.cache_stage import FittedCache
 
 __all__ = [
     "ENGINE", "STATISTICS", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
@@ -135,7 +135,9 @@ def compile_model(
         choice = _with_ranges(choice, exported, view, opened, progress)
         guarded = guard_stage(exported, plan, table, weights, choice, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
-        parts = CacheParts(exported, plan, table, weights, collected.statistics, view.manifest, recipe, given)
+        parts = CacheParts(
+            exported, plan, table, weights, collected.statistics, view.manifest, recipe, given, opened.module
+        )
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
         with BundleWriter(out, overwrite=overwrite) as writer:
             with progress.stage("write", WRITES):
@@ -148,12 +150,15 @@ def compile_model(
 
 
 def _fill(
-    writer: BundleWriter, parts: CacheParts, choice: GraphChoice, cache: FittedCache | None,
+    writer: BundleWriter, parts: CacheParts, choice: GraphChoice, cache: CacheResult | None,
     second: Mapping[str, QuantizedWeight] | None,
 ) -> OpenBundle:
     """Write a quantized bundle, its float reference and what the report needs."""
     exported, recipe = parts.exported, parts.recipe
-    manifest = write_quantized(writer, exported, parts.plan, parts.table, parts.weights, recipe, choice, cache, second)
+    fitted = None if cache is None else cache.fitted
+    manifest = write_quantized(
+        writer, exported, parts.plan, parts.table, parts.weights, recipe, choice, fitted, second
+    )
     if recipe.reference:
         write_float(exported, recipe, writer.root / "reference", overwrite=False)
         (writer.root / STATISTICS).parent.mkdir()

@@ -44,8 +44,11 @@ class Recipe:
         calibration: file with conditioning arrays (`.npz`) or labels (`.txt`, `.json`); see docs/recipe.md.
         rules: changes to the default plan, in order; a later one wins.
         keep, exclude: module-path patterns kept in float, whatever the rules say (one list under two names).
-        cache: feature caching: `none`, `every:N`, `power:N` or `programmed:N`, N calls per refresh on average.
-        cache_cut: where caching cuts the graph, `delta:FIRST-LAST` or `branch:INDEX`; empty for a default.
+        cache: feature caching: `none`, `auto`, or a policy; see docs/caching.md.
+        cache_cut: where caching cuts the graph, `sublayers:FIRST-LAST`, `delta:FIRST-LAST` or `branch:INDEX`; empty for
+            a default.
+        cache_min_psnr, cache_max_ms: budget of `auto`: dB to the float model with as many steps, and milliseconds of a
+            guided run of one sample; 0 for no limit.
         cache_steps: step counts that get cached programs; empty for those of the calibration.
         max_steps: programs for 1 to this many steps go into the bundle.
         default_guidance: what a run of the bundle uses when the caller does not say.
@@ -82,6 +85,8 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     cache: str = "none"
     cache_cut: str = ""
+    cache_min_psnr: float = 0.0
+    cache_max_ms: float = 0.0
     cache_steps: tuple[int, ...] = ()
     max_steps: int = 100
     default_guidance: float = 1.5

@@ -79,6 +79,8 @@ def float_psnr_at(milliseconds: float, candidates: Sequence[Candidate]) -> float
     """PSNR that the float model with fewer steps reaches in a time: linear between its rows, -infinity below them."""
     line = pareto([c for c in candidates if c.kind == "fewer_steps"])
     best = -math.inf
+    if not line:
+        return best
     for left, right in zip(line, (*line[1:], None), strict=True):
         if left.milliseconds > milliseconds:
             break

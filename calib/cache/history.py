@@ -38,10 +38,11 @@ class HistoryCorrection:
     @property
     def kept(self) -> float:
         """Share of calls that are corrected."""
-        return float(np.mean(np.any(self.coefficients != _identity(), axis=1)))
+        return float(np.mean(np.any(self.coefficients != identity(), axis=1)))
 
 
-def _identity() -> Floats:
+def identity() -> Floats:
+    """Coefficients of `TERMS` that leave the prediction as it is."""
     first: Floats = np.eye(len(TERMS))[0]
     return first
 
@@ -125,38 +126,38 @@ class HistoryFit:
 
     def fit(self, steps: Sequence[float] = STEPS) -> HistoryCorrection:
         """The coefficients that generalise best; the identity where none of them beats it."""
-        coefficients = np.tile(_identity(), (self.calls, 1))
+        coefficients = np.tile(identity(), (self.calls, 1))
         before, after = np.zeros(self.calls), np.zeros(self.calls)
         for call in range(self.calls):
             used = np.flatnonzero(self._count[call])
             if len(used) < 2:
                 continue
             parts, count = self._moments[call][used], self._count[call].sum()
-            whole = _solve(parts.sum(axis=0))
-            error = sum(_squared_error(part, _identity()) for part in parts) / count
+            whole = least_squares(parts.sum(axis=0))
+            error = sum(squared_error(part, identity()) for part in parts) / count
             before[call] = error
             for step in steps:
                 held_out = 0.0
                 for part in parts:
-                    rest = _solve(parts.sum(axis=0) - part)
-                    held_out += _squared_error(part, _identity() + step * (rest - _identity()))
+                    rest = least_squares(parts.sum(axis=0) - part)
+                    held_out += squared_error(part, identity() + step * (rest - identity()))
                 if held_out / count < error:
                     error = held_out / count
-                    coefficients[call] = _identity() + step * (whole - _identity())
+                    coefficients[call] = identity() + step * (whole - identity())
             after[call] = error
         return HistoryCorrection(coefficients, before, after)
 
 
-def _solve(moments: Floats) -> Floats:
+def least_squares(moments: Floats) -> Floats:
     """Least squares of the last entry on the others, ridged towards the identity."""
     gram, cross = moments[:-1, :-1], moments[:-1, -1]
     ridge = np.diag(RIDGE * np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
-    residual = cross - gram @ _identity()
-    found: Floats = _identity() + np.linalg.solve(gram + ridge, residual)
+    residual = cross - gram @ identity()
+    found: Floats = identity() + np.linalg.solve(gram + ridge, residual)
     return found
 
 
-def _squared_error(moments: Floats, coefficients: Floats) -> float:
+def squared_error(moments: Floats, coefficients: Floats) -> float:
     extended = np.append(-coefficients, 1.0)
     return max(0.0, float(extended @ moments @ extended))
 

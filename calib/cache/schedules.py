@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -224,6 +224,35 @@ def programmed(costs: Floats, interval: int, bounds: tuple[int, int] | None = No
             "widen the bounds, and observe the features with longest at least as large",
         )
     return borders[:-1]
+
+
+def improved(
+    refreshes: Sequence[int], calls: int, longest: int, error: Callable[[Schedule], float], runs: int
+) -> Schedule:
+    """A schedule with the same number of refreshes and no larger error, by moving one refresh by one call at a time.
+
+    Args:
+        refreshes: where to start.
+        calls: of the program.
+        longest: the largest group of calls.
+        error: of a schedule, measured; it may be slow.
+        runs: how often it is asked at most.
+    """
+    best = check_schedule(refreshes, calls)
+    lowest, asked, changed = error(best), 0, True
+    while changed and asked < runs:
+        changed = False
+        for index in range(1, len(best)):
+            for step in (-1, 1):
+                moved = (*best[:index], best[index] + step, *best[index + 1 :])
+                gaps = [b - a for a, b in pairwise((*moved, calls))]
+                if asked >= runs or not all(0 < gap <= longest for gap in gaps):
+                    continue
+                asked += 1
+                found = error(moved)
+                if found < lowest:
+                    best, lowest, changed = moved, found, True
+    return best
 
 
 def cost_of(costs: Floats, refreshes: Sequence[int]) -> float:

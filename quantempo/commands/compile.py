@@ -53,9 +53,13 @@ CalibrationScheduler = Annotated[
 Selection = Annotated[str, typer.Option(help="Calls to look at: all, uniform:F, normal:F or density:F.")]
 HardCases = Annotated[int, typer.Option(help="Samples of a second round, like those that are quantized worst.")]
 Cache = Annotated[
-    str, typer.Option(help="Feature caching: none, every:N, power:N or programmed:N, N calls per refresh on average.")
+    str, typer.Option(help="Feature caching: none, auto, every:N, programmed:N, … (docs/caching.md).")
 ]
-CacheCut = Annotated[str, typer.Option(help="Where caching cuts: delta:FIRST-LAST or branch:INDEX.")]
+CacheCut = Annotated[
+    str, typer.Option(help="Where caching cuts: sublayers:FIRST-LAST, delta:FIRST-LAST or branch:INDEX.")
+]
+CacheMinPsnr = Annotated[float, typer.Option(help="Budget of --cache auto: dB to float with as many steps.")]
+MaxTime = Annotated[float, typer.Option(help="Budget of --cache auto: milliseconds of a guided run of one sample.")]
 CacheSteps = Annotated[str, typer.Option(help="Step counts with cached programs, comma-separated; default: --steps.")]
 Keep = Annotated[list[str] | None, typer.Option(help="Module-path pattern to keep in float; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="The same as --keep.")]
@@ -98,6 +102,8 @@ def compile_command(
     cache: Cache = "",
     cache_cut: CacheCut = "",
     cache_steps: CacheSteps = "",
+    cache_min_psnr: CacheMinPsnr = 0.0,
+    max_time: MaxTime = 0.0,
     keep: Keep = None,
     exclude: Exclude = None,
     activation_bits: Bits = 0,
@@ -127,6 +133,7 @@ def compile_command(
         steps=_steps(steps), samples=samples, batch=batch, calibration=calib_set, schedulers=calib_scheduler,
         selection=selection, hard_cases=hard_cases, keep=keep, exclude=exclude, activation_bits=activation_bits,
         weight_method=weight_method, cache=cache, cache_cut=cache_cut, cache_steps=_steps(cache_steps),
+        cache_min_psnr=cache_min_psnr, cache_max_ms=max_time,
         max_steps=max_steps, seed=None if seed < 0 else seed, reference=reference, threads=threads,
         size=size, tokens=tokens, controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs,
     )

@@ -26,7 +26,11 @@ def open_session(
     bundle = read_bundle(path)
     if engine == AUTO:
         engine = choose_engine(bundle, threads=threads, settings=settings, cache=cache).label
-    options = engine_options(engine, threads, settings, cache)
+    given_settings = dict(settings or {})
+    if engine == "ort" and bundle.manifest.cache is not None:
+        # The variants run in turns, so the activations of all can lie in the same memory.
+        given_settings.setdefault("arena", "shared")
+    options = engine_options(engine, threads, given_settings, cache)
 
     def opened(graph: Path, given: EngineOptions) -> Engine:
         return open_engine(engine, graph, given)

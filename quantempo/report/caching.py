@@ -20,6 +20,7 @@ from quantempo.quality import Images
 from quantempo.report.measure import Fidelity, ReportOptions, Sampler
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.runtime.session import Session
+from quantempo.stages.cache_stage import FIT_REPORT
 
 
 def measure_cache(
@@ -48,12 +49,37 @@ def measure_cache(
         plain = Sampler(quantized, here).images(options.samples, guidance)
     cached = Sampler(quantized, here, feature_cache="plan").images(options.samples, guidance)
     naive = naive_images(bundle, here)
-    fidelity = {
+    fidelity: dict[str, Any] = {
         "policy": facts["policy"], "steps": steps, "reused": facts["reused"][str(steps)],
         "psnr_db": Fidelity.of(cached, wanted).psnr_db, "psnr_db_uncached": Fidelity.of(plain, wanted).psnr_db,
         "psnr_db_naive": Fidelity.of(naive, wanted).psnr_db,
     }
+    searched = fit_report(bundle).get("auto")
+    if searched is not None:
+        fidelity["auto"] = searched
     return fidelity, trajectory_times(quantized, here)
+
+
+def fit_report(bundle: OpenBundle) -> Mapping[str, Any]:
+    """What the fit measured, from the sidecar; empty where it is gone."""
+    file = bundle.root / FIT_REPORT
+    return parse_json(file.read_bytes(), str(file)) if file.is_file() else {}
+
+
+def policy_lines(searched: Mapping[str, Any]) -> list[str]:
+    """The table that `auto` chose from, as lines."""
+    budget = searched["budget"]
+    asked = [f"at least {budget['min_psnr_db']:g} dB"] if budget.get("min_psnr_db") else []
+    asked += [f"at most {budget['max_ms']:g} ms"] if budget.get("max_ms") else []
+    lines = [f"policies at {searched['steps']} steps, budget: {' and '.join(asked) or 'none'} (p: on the Pareto front)"]
+    for row in searched["table"]:
+        measured = "" if row["measured_ms"] is None else f", measured {row['measured_ms']:.1f} ms"
+        lines.append(
+            f"  {'*' if row['taken'] else ' '}{'p' if row['pareto'] else ' '} {row['name']:16s} "
+            f"{row['psnr_db']:6.2f} dB, predicted {row['predicted_ms']:.1f} ms{measured}"
+            + (", loses to float with fewer steps" if row["loses_to_fewer_steps"] else "")
+        )
+    return lines
 
 
 class _Uncorrected(OpenBundle):

@@ -15,7 +15,7 @@ from quantempo.inspection import site_counts, sizes
 from quantempo.progress import Advance, Progress, SilentProgress
 from quantempo.quality import Images
 from quantempo.report.analysis import drifts, noise_by_tensor
-from quantempo.report.caching import measure_cache
+from quantempo.report.caching import measure_cache, policy_lines
 from quantempo.report.figures import write_figures
 from quantempo.report.measure import (
     Fidelity,
@@ -287,6 +287,7 @@ def table(facts: dict[str, Any]) -> str:
             f"{cache['psnr_db_uncached']:.2f} dB, uncorrected {cache['psnr_db_naive']:.2f} dB; a run takes "
             f"{speed['trajectory_ms']:.1f} ms, uncached {speed['trajectory_ms_uncached']:.1f} ms"
         )
+        lines += policy_lines(cache["auto"]) if "auto" in cache else []
     worst = facts["analysis"]["worst"][:3]
     if worst:
         lines.append("worst sites, and what keeping them in float would buy:")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.trajectories import FIRST_SEED, CalibrationSet, ProgramChoice, TrajectoryBatch, plan_batches
-from quantempo.contracts.cache import FULL, PROBE, Cut, Probe
+from quantempo.contracts.cache import FULL, PROBE, Cut, Probe, SublayerCut
 from quantempo.contracts.engine import Buffer, Engine, EngineOptions
 from quantempo.contracts.manifest import Manifest
 from quantempo.contracts.plan import QuantPlan
@@ -25,7 +25,7 @@ from quantempo.runtime.guidance import UNCONDITIONAL
 from quantempo.runtime.loop import Loop, LoopRequest, Observation
 from quantempo.runtime.request import Request, resolve
 from quantempo.stages.model import Exported
-from quantempo.stages.teacher import TEACHER, TaughtEngine
+from quantempo.stages.teacher import TEACHER, ShownEngine, TaughtEngine
 
 if TYPE_CHECKING:
     from quantempo.export.variants import VariantSet
@@ -37,7 +37,22 @@ Watch = Callable[[Observation, Mapping[str, Buffer]], None]
 ENGINE = "ort"
 GROUP_INPUT = "scale_group"
 Corrected = Literal["feature", "history", "prediction", "latents"]
-Mode = Literal["float", "quantized", "taught", "probed"]
+Mode = Literal["float", "shown", "quantized", "taught", "probed"]
+
+
+def fitted_corrections(cut: Cut) -> tuple[Corrected, ...]:
+    """The corrections that are tried for a cut, in the order in which they are fitted.
+
+    A sublayer cut has many features; a gain and a bias for each would cost a good part of what reuse saves, and the
+    history of predictions does what they would.
+    """
+    rest: tuple[Corrected, ...] = ("history", "prediction", "latents")
+    return rest if isinstance(cut, SublayerCut) else ("feature", *rest)
+
+
+def graph_corrections(cut: Cut) -> tuple[Literal["feature"], ...]:
+    """Those that the reusing graph takes as inputs."""
+    return ("feature",) if "feature" in fitted_corrections(cut) else ()
 
 
 CACHE_SEED = 2 * FIRST_SEED
@@ -82,6 +97,7 @@ class CacheParts:
         manifest: of the float model, for the arguments of a call.
         recipe: of the compile.
         arrays: conditioning by input name.
+        module: loads the torch denoiser, which learned masks need.
     """
 
     exported: Exported
@@ -92,6 +108,7 @@ class CacheParts:
     manifest: Manifest
     recipe: Recipe
     arrays: Mapping[str, NDArray[Any]]
+    module: Callable[[], Any] | None = None
 
 
 class VariantBench:
@@ -158,7 +175,8 @@ class VariantBench:
         """A loop over all variants.
 
         Args:
-            mode: which graphs; `taught` runs the float `full` beside each quantized call, `probed` the probe.
+            mode: which graphs; `taught` runs the float `full` beside each quantized call, `probed` the probe, `shown`
+                is `float` with inputs shown as outputs.
             vectors: all that the program names.
             taps: by variant, inner tensors to hand to the observer.
         """
@@ -166,17 +184,24 @@ class VariantBench:
         variants: dict[str, Variant] = {}
         denoiser = self.parts.manifest.denoiser
         for name, graph in self.set.variants.items():
-            engine = self._open("float" if mode == "float" else "quantized", name, tuple((taps or {}).get(name, ())))
+            kind = "float" if mode in ("float", "shown") else "quantized"
+            engine = self._open(kind, name, tuple((taps or {}).get(name, ())))
             variants[name] = Variant(tuple(engine.inputs), tuple(engine.outputs), graph.reads, graph.writes)
             engines[name] = engine
             if mode == "taught":
                 shown = (*graph.reads, denoiser.sample_input)
                 engines[name] = TaughtEngine(engine, self._open("float", FULL, ()), shown)
+            elif mode == "shown":
+                engines[name] = ShownEngine(engine)
             elif mode == "probed":
                 engines[name] = TaughtEngine(engine, self._open("quantized", PROBE, ()))
-        if mode == "float":
+        if mode in ("float", "shown"):
             return Loop(engines, denoiser, None, variants, vectors)
         return Loop(engines, replace(denoiser, group_input=GROUP_INPUT), self.parts.table.partition, variants, vectors)
+
+    def engine(self, mode: Literal["float", "quantized"], variant: str) -> Engine:
+        """The engine of one graph."""
+        return self._open(mode, variant, ())
 
     def _open(self, kind: str, variant: str, taps: tuple[str, ...]) -> Engine:
         key = "|".join((kind, variant, *taps))

@@ -1,32 +1,34 @@
-"""Feature caching as a stage of a compile: what is asked for, where the graph is cut, and what a bundle gets.
+"""Feature caching as a stage of a compile: what is asked for, and what a bundle gets.
 
-`quantempo.stages.caching` does the fitting.  Here its result is kept in the stage store, and its variants are lowered
-for every float32 graph of the bundle with the same weights as `full`.
+`quantempo.stages.caching`, `mask_caching` and `dynamic_caching` do the fitting, `cache_search` chooses for `auto`.
+Here their results are kept in the stage store, and the variants are lowered for every float32 graph of the bundle with
+the same weights as `full`.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantempo.contracts.cache import CachePlan, Cut, DeltaCut, FeatureCut, reuse_name
+from quantempo.contracts.cache import FULL, PROBE, CachePlan, Cut
 from quantempo.contracts.codec import canonical_json, digest, from_data, parse_json, to_data
 from quantempo.contracts.manifest import CacheIndex, Manifest
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram
 from quantempo.contracts.table import ScaleTable
 from quantempo.contracts.tensor_file import map_tensors, write_tensors
-from quantempo.errors import ExportError, RequestError
+from quantempo.errors import RequestError, nearest
 from quantempo.progress import Advance
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle_cache import CACHE, CORRECTIONS
 from quantempo.runtime.bundle_writer import BundleWriter
-from quantempo.stages.cache_runs import CacheParts, CacheSettings, Float32s
-from quantempo.stages.caching import fit_cache, parse_policy
+from quantempo.stages import caching, dynamic_caching, mask_caching
+from quantempo.stages.cache_cuts import NONE, CacheGraphs, check_cut_words
+from quantempo.stages.cache_runs import CacheParts, CacheSettings, Float32s, fitted_corrections
+from quantempo.stages.cache_search import AUTO, Budget, search
 from quantempo.stages.conditioning import arrays_digest, deal_labels
 from quantempo.stages.dialects import GraphChoice, lower_graphs, split_name
 from quantempo.stages.store import StageResult, StageStore
@@ -34,41 +36,18 @@ from quantempo.stages.versions import code, libraries
 
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
-    from quantempo.export.variants import VariantSet
     from quantempo.export.weights import QuantizedWeight
 
-NONE = "none"
 PLAN, VECTORS, REPORT = "cache.json", "vectors.safetensors", "report.json"
 FIT_REPORT = "report/cache.json"
 """Sidecar with what the fit measured."""
+MODULES = (
+    "cache_corrections", "cache_cuts", "cache_images", "cache_runs", "cache_schedules", "cache_search", "cache_stage",
+    "caching", "dynamic_caching", "mask_caching", "teacher",
+)
 SAMPLES, CHECKS = 64, 32
 """Trajectories to fit on and to judge by, at most; a recipe with fewer samples has fewer."""
-_CUT = re.compile(r"delta:(\d+)-(\d+)|branch:(\d+)")
 
-
-@dataclass(frozen=True, eq=False)
-class CacheGraphs:
-    """A model cut for caching, before anything is fitted.
-
-    Args:
-        cut: what a reusing call takes from the cache.
-        set: the float variants.
-    """
-
-    cut: Cut
-    set: VariantSet
-
-    def keep_free(self, plan: QuantPlan) -> QuantPlan:
-        """The plan without centres of tensors that a cut needs as they are: a feature is not shifted per group."""
-        from quantempo.export.centring import centreable
-        from quantempo.export.lower_variant import variant_plan
-
-        centred = set(plan.centred)
-        bare = replace(plan, centred=())
-        for variant in self.set.variants.values():
-            part = variant_plan(bare, variant.graph)
-            centred -= set(part.scaled_tensors()) - set(centreable(variant.graph, part.sites, part.decisions))
-        return replace(plan, centred=tuple(name for name in plan.centred if name in centred))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +60,6 @@ class FittedCache:
         programs: by number of steps.
         vectors: arrays of corrections, (rows, channels) by name.
         tables: scales by variant.
-        report: what the fit measured, as JSON.
     """
 
     graphs: CacheGraphs
@@ -89,7 +67,6 @@ class FittedCache:
     programs: Mapping[int, StepProgram]
     vectors: Mapping[str, Float32s]
     tables: Mapping[str, ScaleTable]
-    report: bytes
 
     def lower(
         self, plan: QuantPlan, weights: Mapping[str, QuantizedWeight], choice: GraphChoice
@@ -138,36 +115,32 @@ class FittedCache:
             vectors=VECTORS if self.vectors else None,
         )
 
-    def write_report(self, root: Path) -> None:
-        """Write the sidecar."""
-        path = root / FIT_REPORT
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(self.report)
-
 
 def check_cache_recipe(recipe: Recipe) -> None:
     """Refuse words about caching that mean nothing, before a model is opened.
 
     Raises:
-        RequestError: a policy, cut, precision or step count.
+        RequestError: a policy, cut, budget, precision or step count.
     """
-    if recipe.cache == NONE:
+    if recipe.cache == NONE and not (recipe.cache_min_psnr or recipe.cache_max_ms):
         return
-    _, interval = parse_policy(recipe.cache)
-    if interval < 2:
+    check_policy(recipe.cache)
+    if recipe.cache != AUTO and (recipe.cache_min_psnr or recipe.cache_max_ms):
         raise _refuse(
-            "cache", recipe.cache, "an interval of at least 2", "1 refreshes at every call", "take none, or 2 or more"
+            "cache", f"{recipe.cache} with a budget", "auto with a budget, or a policy without one",
+            "a budget chooses the policy", "take --cache auto, or leave the budget out",
+        )
+    if recipe.cache_min_psnr < 0 or recipe.cache_max_ms < 0:
+        raise _refuse(
+            "cache_min_psnr, cache_max_ms", f"{recipe.cache_min_psnr:g} dB, {recipe.cache_max_ms:g} ms", "0 or more",
+            "a slip", "leave out what does not matter",
         )
     if recipe.precision != "int8":
         raise _refuse(
             "cache", f"{recipe.cache} with precision {recipe.precision}", "precision int8",
             "policies and corrections are fitted on INT8 graphs", "leave one of the two out",
         )
-    if recipe.cache_cut and not _CUT.fullmatch(recipe.cache_cut):
-        raise _refuse(
-            "cache_cut", recipe.cache_cut, "delta:FIRST-LAST or branch:INDEX", "a misspelling",
-            "write for example delta:1-4, or leave it out",
-        )
+    check_cut_words(recipe.cache_cut)
     traced = {*range(1, recipe.max_steps + 1), *recipe.steps}
     for steps in recipe.cache_steps:
         if steps not in traced:
@@ -177,90 +150,63 @@ def check_cache_recipe(recipe: Recipe) -> None:
             )
 
 
-def cut_for_caching(graph: Graph, recipe: Recipe) -> CacheGraphs | None:
-    """The model's variants; `None` where the recipe asks for no caching.
+def check_policy(text: str) -> None:
+    """Refuse a word that names no policy.
 
     Raises:
-        ExportError: the cut does not fit the model, or there is none that does.
+        RequestError.
     """
-    from quantempo.export.variants import cut_variants
-
-    if recipe.cache == NONE:
-        return None
-    error: ExportError | None = None
-    for cut in [named_cut(graph, recipe.cache_cut)] if recipe.cache_cut else default_cuts(graph):
-        try:
-            return CacheGraphs(cut, cut_variants(graph, {reuse_name(0): cut}, None, ("feature",)))
-        except ExportError as refused:
-            error = error or refused
-    raise error or ExportError(
-        "recipe, cache", found="a model without long skips and without a list of blocks", wanted="one of the two",
-        cause="there is no place to cut that is known to serve", remedy="compile without caching",
-    )
-
-
-def named_cut(graph: Graph, text: str) -> Cut:
-    """The cut that a recipe names.
-
-    Raises:
-        ExportError: the model has no such branch, or no list of blocks.
-    """
-    from quantempo.export.cut_points import refuse_cut
-    from quantempo.export.variants import branch_cut
-
-    match = _CUT.fullmatch(text)
-    assert match is not None
-    if match[3] is not None:
-        return branch_cut(graph, int(match[3]))
-    found = _blocks(graph)
-    if found is None:
-        raise refuse_cut(
-            f"cut {text!r}", "a model without a list of blocks", "one", "another architecture", "take branch:0"
+    name = text.partition(":")[0]
+    if text == AUTO:
+        return
+    if name in mask_caching.POLICIES:
+        mask_caching.parse_masks(text)
+    elif name in dynamic_caching.POLICIES:
+        dynamic_caching.parse_dynamic(text)
+    elif name in caching.POLICIES:
+        if caching.parse_policy(text)[1] < 2:
+            raise _refuse(
+                "cache", text, "an interval of at least 2", "1 refreshes at every call", "take none, or 2 or more"
+            )
+    else:
+        known = (NONE, AUTO, *caching.POLICIES, *mask_caching.POLICIES, *dynamic_caching.POLICIES)
+        raise _refuse(
+            "cache", text, "none, auto, every:N, power:N, programmed:N, masks:SHARE, greedy:SHARE, teacache:SHARE or "
+            "firstblock:SHARE", "a misspelling", nearest(name, known),
         )
-    blocks, depth = found
-    first, last = int(match[1]), int(match[2])
-    if not first <= last < depth:
-        raise refuse_cut(
-            f"cut {text!r}", f"blocks {first} to {last}", f"a range within 0 to {depth - 1}",
-            f"{blocks} has {depth} blocks; it was meant for a model of another depth",
-            "choose blocks that the model has",
-        )
-    return DeltaCut(first, last, depth, blocks)
-
-
-def default_cuts(graph: Graph) -> Iterable[Cut]:
-    """Cuts to try, the best guess first: long skips from the outermost, else the middle two thirds of the blocks."""
-    from quantempo.export.cut_points import branches
-
-    found = branches(graph)
-    if found:
-        return [FeatureCut((branch.deep,)) for branch in found]
-    listed = _blocks(graph)
-    if listed is None:
-        return []
-    blocks, depth = listed
-    first = int(depth / 6 + 0.5)
-    return [DeltaCut(first, depth - 1 - first, depth, blocks)]
-
-
-def _blocks(graph: Graph) -> tuple[str, int] | None:
-    """The longest list of blocks that lies in no other one."""
-    from quantempo.export.cut_points import block_lists
-
-    return max(block_lists(graph).items(), key=lambda item: (item[1], -len(item[0])), default=None)
 
 
 def cache_settings(parts: CacheParts, cut: Cut) -> CacheSettings:
     """What a recipe's compile fits."""
     recipe, denoiser = parts.recipe, parts.manifest.denoiser
     return CacheSettings(
-        recipe.cache, cut, guidance=recipe.default_guidance if max(recipe.guidance) > 1 else 1.0,
+        recipe.cache, cut, fitted_corrections(cut),
+        guidance=recipe.default_guidance if max(recipe.guidance) > 1 else 1.0,
         samples=min(SAMPLES, recipe.samples), checks=min(CHECKS, recipe.samples), batch=min(32, recipe.samples),
         labels=deal_labels(denoiser, recipe),
     )
 
 
-def cache_stage(store: StageStore, parts: CacheParts, graphs: CacheGraphs, keys: Iterable[str]) -> FittedCache:
+@dataclass(frozen=True, eq=False)
+class CacheResult:
+    """What the stage gives to a compile.
+
+    Args:
+        fitted: `None` where `auto` found that no plan beats the float model with fewer steps.
+        report: what was measured, as JSON.
+    """
+
+    fitted: FittedCache | None
+    report: bytes
+
+    def write_report(self, root: Path) -> None:
+        """Write the sidecar."""
+        path = root / FIT_REPORT
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(self.report)
+
+
+def cache_stage(store: StageStore, parts: CacheParts, graphs: CacheGraphs, keys: Iterable[str]) -> CacheResult:
     """Policy, scales and corrections of the quantized model's cached runs, or an earlier result.
 
     Args:
@@ -273,34 +219,60 @@ def cache_stage(store: StageStore, parts: CacheParts, graphs: CacheGraphs, keys:
     settings = cache_settings(parts, graphs.cut)
     steps = tuple(sorted(set(recipe.cache_steps or recipe.steps)))
     runs = {name: value for name, value in to_data(settings).items() if name not in ("policy", "cut")}
+    budget = Budget(recipe.cache_min_psnr or None, recipe.cache_max_ms or None)
 
     def make(folder: Path, advance: Advance) -> None:
         work = folder / "graphs"
         work.mkdir()
-        fit = fit_cache(parts, settings, work, steps)
+        chosen, found = settings, {}
+        if recipe.cache == AUTO:
+            first = next((n for n in recipe.steps if n in steps), steps[0])
+            (work / "search").mkdir()
+            searched = search(parts, settings, work / "search", first, budget, advance)
+            chosen, found = replace(settings, policy=searched.policy), {"auto": searched.report}
+        if chosen.policy != NONE:
+            found = {**_fit(parts, chosen, work, steps, folder), **found}
         shutil.rmtree(work)
-        (folder / PLAN).write_text(canonical_json(fit.plan))
-        (folder / REPORT).write_text(canonical_json(fit.report))
-        for n, program in fit.programs.items():
-            (folder / f"{n}.json").write_text(canonical_json(program))
-        _write(folder / VECTORS, fit.vectors)
-        for name, table in fit.tables.items():
-            _write(folder / f"{name}.safetensors", table.arrays())
+        (folder / REPORT).write_text(canonical_json(found))
 
     result = store.run("cache", {
         "denoiser": exported.graph_digest, "calibration, scales and weights": list(keys),
         "plan": to_data(parts.plan), "scales": {n: digest(a.tobytes()) for n, a in parts.table.arrays().items()},
-        "policy": recipe.cache, "cut": to_data(graphs.cut), "runs": runs,
+        "policy": recipe.cache, "cut": to_data(graphs.cut), "runs": runs, "budget": to_data(budget),
         "programs": {n: to_data(exported.program(n)) for n in steps}, "arrays": arrays_digest(parts.arrays),
         "range method": recipe.range_method, "threads": recipe.threads,
         "libraries": libraries("numpy", "onnxruntime"),
         "code": code(
             "quantempo.calib", "quantempo.contracts", "quantempo.engines.ort", "quantempo.export", "quantempo.runtime",
-            "quantempo.stages.cache_corrections", "quantempo.stages.cache_runs", "quantempo.stages.cache_stage",
-            "quantempo.stages.caching", "quantempo.stages.teacher",
+            *(f"quantempo.stages.{name}" for name in MODULES),
         ),
     }, make)  # fmt: skip
-    return _read(result, parts, graphs, steps)
+    report = result.path(REPORT).read_bytes()
+    return CacheResult(_read(result, parts, graphs, steps) if result.path(PLAN).exists() else None, report)
+
+
+def _fit(
+    parts: CacheParts, settings: CacheSettings, work: Path, steps: tuple[int, ...], folder: Path
+) -> Mapping[str, Any]:
+    """Fit a policy, keep its artefacts in a stage's folder, and give its report."""
+    name = settings.policy.partition(":")[0]
+    vectors: Mapping[str, Float32s] = {}
+    (work / "fit").mkdir()
+    if name in dynamic_caching.POLICIES:
+        dynamic = dynamic_caching.fit_dynamic(parts, settings, work / "fit", steps)
+        plan, programs, report = dynamic.plan, dynamic.programs, dynamic.report
+        tables: Mapping[str, ScaleTable] = dict.fromkeys((FULL, PROBE, *plan.cuts), parts.table)
+    else:
+        fit = mask_caching.fit_masks if name in mask_caching.POLICIES else caching.fit_cache
+        fixed = fit(parts, settings, work / "fit", steps)
+        plan, programs, report, vectors, tables = fixed.plan, fixed.programs, fixed.report, fixed.vectors, fixed.tables
+    (folder / PLAN).write_text(canonical_json(plan))
+    for n, program in programs.items():
+        (folder / f"{n}.json").write_text(canonical_json(program))
+    _write(folder / VECTORS, vectors)
+    for variant, table in tables.items():
+        _write(folder / f"{variant}.safetensors", table.arrays())
+    return report
 
 
 def _write(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -312,15 +284,16 @@ def _read(result: StageResult, parts: CacheParts, graphs: CacheGraphs, steps: tu
         path = result.path(name)
         return from_data(kind, parse_json(path.read_bytes(), str(path)), str(path))
 
-    partition = parts.table.partition
+    partition, plan = parts.table.partition, load(CachePlan, PLAN)
+    if set(plan.cuts.values()) != {graphs.cut}:
+        graphs = graphs.recut(parts.exported.graph, plan)
     return FittedCache(
-        graphs, load(CachePlan, PLAN), {n: load(StepProgram, f"{n}.json") for n in steps},
+        graphs, plan, {n: load(StepProgram, f"{n}.json") for n in steps},
         map_tensors(result.path(VECTORS)),
         {
             name: ScaleTable.from_arrays(partition, map_tensors(result.path(f"{name}.safetensors")))
             for name in graphs.set.variants
         },
-        result.path(REPORT).read_bytes(),
     )
 
 

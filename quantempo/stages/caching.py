@@ -9,20 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantempo.calib.cache.schedules import (
-    FeatureChanges,
-    Schedule,
-    bounds_of,
-    check_schedule,
-    every,
-    power_law,
-    programmed,
-)
+from quantempo.calib.cache.schedules import FeatureChanges, Schedule
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.tables import build_table
 from quantempo.contracts import cache as contract
@@ -34,11 +27,13 @@ from quantempo.contracts.table import ScaleTable
 from quantempo.errors import RequestError, nearest
 from quantempo.runtime.loop import Observation
 from quantempo.stages.cache_corrections import StepsFit, fit_corrections
-from quantempo.stages.cache_runs import CacheParts, CacheSettings, Float32s, VariantBench, fitting_runs, program_batches
+from quantempo.stages.cache_runs import CacheParts, CacheSettings, Float32s, VariantBench, fitting_runs
+from quantempo.stages.cache_schedules import TRIED_BATCH, TRIED_SAMPLES, ScheduleSearch, few_batches
 from quantempo.stages.quantizers import activation_bits
 
 POLICIES = ("every", "power", "programmed")
-SENSITIVITY_SAMPLES = 8
+
+
 @dataclass(frozen=True, eq=False)
 class CacheFit:
     """All artefacts of caching.
@@ -60,8 +55,21 @@ class CacheFit:
     report: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A policy's choice for one program.
+
+    Args:
+        refreshes: calls that compute everything.
+        calls: variant by call.
+    """
+
+    refreshes: Schedule
+    calls: tuple[str, ...]
+
+
 def fit_cache(parts: CacheParts, settings: CacheSettings, folder: Path, steps: Sequence[int] = ()) -> CacheFit:
-    """Fit a static cache policy, its scales and its corrections.
+    """Fit a policy of fixed schedules, its scales and its corrections.
 
     Args:
         parts: the quantized model.
@@ -74,27 +82,49 @@ def fit_cache(parts: CacheParts, settings: CacheSettings, folder: Path, steps: S
         ExportError: the cut does not fit the model.
     """
     name, interval = parse_policy(settings.policy)
-    bench = VariantBench(parts, folder, {contract.reuse_name(0): settings.cut}, "feature" in settings.corrections)
+    reuse = contract.reuse_name(0)
+    bench = VariantBench(parts, folder, {reuse: settings.cut}, "feature" in settings.corrections)
     try:
-        counts = tuple(steps) or parts.recipe.steps
-        plain = {n: parts.exported.program(n) for n in counts}
-        changes = {n: feature_changes(bench, settings, p, bounds_of(interval)[1]) for n, p in plain.items()}
-        weights = {n: sensitivities(bench, settings, p) if name == "programmed" else None for n, p in plain.items()}
-        schedules = {
-            n: schedule_of(name, interval, len(plain[n].calls), list(changes[n].values()), weights[n]) for n in counts
-        }
-        plan = _plan(parts, settings, schedules, plain, interval)
-        cached = {n: cached_program(p, _alone(plan, n), plan.config, bench.set.vectors()) for n, p in plain.items()}
-        tables = variant_tables(bench, settings, cached)
-        bench.quantize(tables)
-        fits = {n: fit_corrections(bench, settings, plain[n], cached[n], schedules[n], changes[n]) for n in counts}
+        chosen = {}
+        for n in tuple(steps) or parts.recipe.steps:
+            program = parts.exported.program(n)
+            refreshes = ScheduleSearch(bench, settings, program).schedule(name, interval)
+            calls = tuple(FULL if i in refreshes else reuse for i in range(len(program.calls)))
+            chosen[n] = Chosen(refreshes, calls)
+        return fit_chosen(bench, settings, {reuse: settings.cut}, chosen, {"interval": float(interval)})
     finally:
         bench.close()
+
+
+def fit_chosen(
+    bench: VariantBench, settings: CacheSettings, cuts: Mapping[str, contract.Cut], chosen: Mapping[int, Chosen],
+    parameters: Mapping[str, float],
+) -> CacheFit:
+    """Scales and corrections for schedules that were chosen.
+
+    Args:
+        bench: with these cuts; the caller closes it.
+        settings: what to fit.
+        cuts: by variant.
+        chosen: by number of steps.
+        parameters: of the policy, for the plan.
+    """
+    parts, counts = bench.parts, sorted(chosen)
+    plain = {n: parts.exported.program(n) for n in counts}
+    plan = _plan(parts, settings, cuts, chosen, parameters)
+    cached = {n: cached_program(p, _alone(plan, n), plan.config, bench.set.vectors()) for n, p in plain.items()}
+    tables = variant_tables(bench, settings, cached)
+    bench.quantize(tables)
+    fits = {}
+    for n in counts:
+        refreshes = chosen[n].refreshes
+        longest = max(b - a for a, b in pairwise((*refreshes, len(plain[n].calls))))
+        changes = feature_changes(bench, settings, plain[n], longest)
+        fits[n] = fit_corrections(bench, settings, plain[n], cached[n], refreshes, changes)
     programs = {n: _shifted(fits[n].program, plan.schedules[str(n)].row) for n in counts}
-    stacked = stacked_vectors([fits[n] for n in sorted(counts)])
     check_cache_plan(plan, "cache plan")
     report = {"policy": settings.policy, "steps": {str(n): fit.report() for n, fit in fits.items()}}
-    return CacheFit(plan, programs, stacked, tables, fits, report)
+    return CacheFit(plan, programs, stacked_vectors([fits[n] for n in counts]), tables, fits, report)
 
 
 def stacked_vectors(fits: Sequence[StepsFit]) -> dict[str, Float32s]:
@@ -130,28 +160,10 @@ def parse_policy(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def schedule_of(
-    name: str, interval: int, calls: int, changes: Sequence[FeatureChanges], weights: Sequence[float] | None = None
-) -> Schedule:
-    """The schedule of a policy for a program.
-
-    Args:
-        name: of the policy.
-        interval: mean number of calls per refresh.
-        calls: of the program.
-        changes: of each cached feature; they count by their change relative to their size.
-        weights: sensitivities of the calls, see `FeatureChanges.costs`.
-    """
-    if name == "programmed":
-        costs = sum(c.costs(weights) / max(float(c.size.mean()), np.finfo(np.float64).tiny) for c in changes)
-        return check_schedule(programmed(np.asarray(costs), interval), calls)
-    return every(calls, interval) if name == "every" else power_law(calls, interval)
-
-
 def feature_changes(
     bench: VariantBench, settings: CacheSettings, program: StepProgram, longest: int
 ) -> dict[str, FeatureChanges]:
-    """How each cached feature of the float model moves along one batch of its own trajectories.
+    """How each cached feature of the float model moves along a few of its own trajectories.
 
     Args:
         bench: with the cuts.
@@ -166,30 +178,9 @@ def feature_changes(
         for name, each in changes.items():
             each.observe(seen.index, outputs[name].array)
 
-    bench.run(loop, program, program_batches(bench, settings, program)[0], watch)
+    for batch in few_batches(bench, settings, program, TRIED_SAMPLES, TRIED_BATCH):
+        bench.run(loop, program, batch, watch)
     return changes
-
-
-def sensitivities(bench: VariantBench, settings: CacheSettings, program: StepProgram) -> tuple[float, ...]:
-    """Root mean square error of the final latents when one call alone reuses the features of the call before.
-
-    Measured on the float model, one short run per call; call 0 cannot reuse and has 0.
-    """
-    batch = program_batches(bench, settings, program)[0]
-    few = replace(batch, seeds=batch.seeds[:SENSITIVITY_SAMPLES], labels=batch.labels[:SENSITIVITY_SAMPLES])
-    calls = len(program.calls)
-    loop = bench.loop("float", bench.identity_vectors(calls))
-    wanted = bench.run(loop, program, few).astype(np.float64)
-    names = bench.set.vectors()[contract.reuse_name(0)]
-    found = [0.0]
-    for index in range(1, calls):
-        altered = list(program.calls)
-        altered[index] = replace(
-            altered[index], graph=contract.reuse_name(0), vectors=dict.fromkeys(names, index)
-        )
-        got = bench.run(loop, replace(program, calls=tuple(altered)), few)
-        found.append(float(np.sqrt(np.mean((got - wanted) ** 2))))
-    return tuple(found)
 
 
 def variant_tables(
@@ -244,17 +235,16 @@ def _with_gaps_filled(
 
 
 def _plan(
-    parts: CacheParts, settings: CacheSettings, schedules: Mapping[int, Schedule], programs: Mapping[int, StepProgram],
-    interval: int,
+    parts: CacheParts, settings: CacheSettings, cuts: Mapping[str, contract.Cut], chosen: Mapping[int, Chosen],
+    parameters: Mapping[str, float],
 ) -> CachePlan:
-    reuse, row, made = contract.reuse_name(0), 0, {}
-    for n, refreshes in sorted(schedules.items()):
-        calls = tuple(FULL if i in refreshes else reuse for i in range(len(programs[n].calls)))
-        made[str(n)] = contract.Schedule(calls, row=row)
-        row += len(calls)
+    row, made = 0, {}
+    for n, choice in sorted(chosen.items()):
+        made[str(n)] = contract.Schedule(choice.calls, row=row)
+        row += len(choice.calls)
     return CachePlan(
         model=parts.exported.graph_digest, scheduler=parts.exported.scheduler, config=parts.exported.scheduler_digest,
-        policy=settings.policy, cuts={reuse: settings.cut}, schedules=made, parameters={"interval": float(interval)},
+        policy=settings.policy, cuts=dict(cuts), schedules=made, parameters=dict(parameters),
         corrections=tuple(sorted({"prediction" if c == "history" else c for c in settings.corrections})),
     )
 

@@ -17,7 +17,7 @@ from quantempo.runtime.loop import Observation
 from quantempo.stages.cache_runs import CacheParts, CacheSettings, VariantBench, fitting_runs, taught
 
 POLICIES: Mapping[str, Literal["modulated_input", "first_block"]] = {
-    "teacache": "modulated_input", "first_block": "first_block",
+    "teacache": "modulated_input", "firstblock": "first_block",
 }
 WARM_UP = 2
 """The first call computes everything without a decision, and the first decision has nothing to compare with."""
@@ -43,7 +43,7 @@ class DynamicFit:
 def fit_dynamic(
     parts: CacheParts, settings: CacheSettings, folder: Path, steps: tuple[int, ...] = (), max_consecutive: int = 4
 ) -> DynamicFit:
-    """Fit `teacache:SHARE` or `first_block:SHARE` on quantized runs; the share is that of calls that should reuse.
+    """Fit `teacache:SHARE` or `firstblock:SHARE` on quantized runs; the share is that of calls that should reuse.
 
     Corrections are not fitted: a row of vectors is for a call with a known refresh, and here each sample has its own.
 
@@ -52,7 +52,8 @@ def fit_dynamic(
         ExportError: the cut or the probe does not fit the model.
     """
     name, share = parse_dynamic(settings.policy)
-    reuse, probe = contract.reuse_name(0), Probe(POLICIES[name])
+    reuse, probe = contract.reuse_name(0), probe_of(settings.policy, settings.cut)
+    assert probe is not None
     counts = steps or parts.recipe.steps
     bench = VariantBench(parts, folder, {reuse: settings.cut}, correct_features=False, probe=probe)
     try:
@@ -75,6 +76,14 @@ def fit_dynamic(
     return DynamicFit(plan, programs, records, report)
 
 
+def probe_of(policy: str, cut: contract.Cut) -> Probe | None:
+    """What a policy looks at while it runs; `None` for one that is fixed beforehand."""
+    name = policy.partition(":")[0]
+    if name not in POLICIES:
+        return None
+    return Probe(POLICIES[name]) if isinstance(cut, contract.FeatureCut) else Probe(POLICIES[name], cut.blocks)
+
+
 def parse_dynamic(text: str) -> tuple[str, float]:
     """Name and wanted share of skipped calls.
 
@@ -88,7 +97,7 @@ def parse_dynamic(text: str) -> tuple[str, float]:
         share = -1.0
     if name not in POLICIES or not 0 <= share < 1:
         raise RequestError(
-            "cache policy", found=repr(text), wanted="teacache:SHARE or first_block:SHARE, with a share in 0 to 1",
+            "cache policy", found=repr(text), wanted="teacache:SHARE or firstblock:SHARE, with a share in 0 to 1",
             cause="a misspelling" if name not in POLICIES else "the share is missing or out of range",
             remedy=nearest(name, POLICIES) if name not in POLICIES else f"write for example {name}:0.5",
         )

@@ -108,6 +108,12 @@ class Opened:
     recipe: Recipe
     arrays: Mapping[str, NDArray[Any]]
 
+    def module(self) -> Any:
+        """The torch denoiser."""
+        from quantempo.export.trace import load_denoiser
+
+        return load_denoiser(self.source)
+
 
 def open_model(model: Path, scheduler: Path | None, recipe: Recipe, arrays: Mapping[str, NDArray[Any]]) -> Opened:
     """Look through a model directory and everything that a recipe names.

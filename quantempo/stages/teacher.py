@@ -1,4 +1,6 @@
-"""An engine that is watched by a teacher: the float model evaluates every call on the same inputs.
+"""Engines that show more of a call: what another graph makes of the same inputs, and the inputs themselves.
+
+A student is watched by a teacher, the float model, which evaluates every call on the same inputs.
 
 The two graphs share their input buffers, so nothing is copied, and the trajectory is the student's own.
 """
@@ -72,3 +74,41 @@ class TaughtEngine:
 
     def close(self) -> None:
         """Nothing: whoever opened the two engines closes them."""
+
+
+class ShownEngine:
+    """An engine whose inputs are outputs as well, for an observer.
+
+    Args:
+        engine: what runs.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.name, self.host = engine.name, engine.host
+        self.inputs: Mapping[str, TensorSpec] = engine.inputs
+        shown = {GIVEN + name: spec for name, spec in engine.inputs.items()}
+        self.outputs: Mapping[str, TensorSpec] = {**engine.outputs, **shown}
+
+    def bind(self, sizes: Mapping[str, int], share: Mapping[str, Buffer] | None = None) -> Binding:
+        """See `quantempo.contracts.engine.Engine.bind`."""
+        return _ShownBinding(self._engine.bind(sizes, share))
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs and inputs, on host arrays."""
+        return {**self._engine.run(feeds), **{GIVEN + name: feeds[name] for name in self.inputs}}
+
+    def close(self) -> None:
+        """Nothing: whoever opened the engine closes it."""
+
+
+class _ShownBinding:
+    def __init__(self, binding: Binding) -> None:
+        self._binding = binding
+        self.inputs: Mapping[str, Buffer] = binding.inputs
+        given = {GIVEN + name: buffer for name, buffer in binding.inputs.items()}
+        self.outputs: Mapping[str, Buffer] = {**binding.outputs, **given}
+
+    def run(self) -> None:
+        """Evaluate once."""
+        self._binding.run()

@@ -224,3 +224,14 @@ def test_a_weight_file_outside_the_folder_is_seen_wherever_it_hides(tmp_path: Pa
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UnsafePath, match=r"external data: found location '\.\./secret\.bin'"):
         open_engine("ort", tmp_path / "g.onnx", ONE)
+
+
+def test_graphs_that_share_an_arena_compute_what_they_compute_alone(tmp_path: Path) -> None:
+    path = mlp(tmp_path)
+    own, *shared = (
+        open_engine("ort", path, EngineOptions(1, settings={"arena": arena})) for arena in ("own", "shared", "shared")
+    )
+    for rows in (3, 50, 2):
+        wanted = own.run(feeds(rows))["y"]
+        for engine in shared:
+            np.testing.assert_array_equal(engine.run(feeds(rows))["y"], wanted)

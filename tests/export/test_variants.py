@@ -32,7 +32,7 @@ from quantempo.export.passes.edit import MODULE
 from quantempo.export.sites import default_plan
 from quantempo.export.source import open_source
 from quantempo.export.trace import load_denoiser, trace_module
-from quantempo.export.variants import VariantSet, branch_cut, cut_variants, variant_of
+from quantempo.export.variants import VariantSet, branch_cut, cut_variants, sublayer_cut, variant_of
 from quantempo.export.weights import quantize_weights
 
 UNET = Path(__file__).parents[1] / "models" / "unet"
@@ -150,6 +150,24 @@ def test_dit_reuse_of_this_calls_features_is_the_full_graph(
         else:
             # These optimizers fuse a multiplication into an addition or a norm in one of the two graphs alone.
             np.testing.assert_allclose(found[name], full["prediction"], atol=1e-6 * np.abs(full["prediction"]).max())
+
+
+@pytest.mark.parametrize(
+    ("dialect", "backend"), [("ort", "ort"), pytest.param("portable", "openvino", marks=openvino)]
+)
+def test_reuse_of_all_sublayers_at_this_call_is_the_full_graph(
+    dit: Model, tmp_path: Path, dialect: str, backend: str
+) -> None:
+    whole = sublayer_cut(dit.graph, "transformer_blocks", 6, range(6))
+    assert whole == SublayerCut((BOTH,) * 6)
+    variants = cut_variants(dit.graph, {"reuse.0": whole})
+    opened, feeds = Opened(tmp_path, dit.lowered(variants, dialect, backend), backend), feeds_of(dit, dialect)
+    full = opened.run("full", feeds)
+    found = opened.run("reuse.0", {**feeds, **full})["prediction"]
+    if backend == "ort":
+        np.testing.assert_array_equal(found, full["prediction"])
+    else:
+        np.testing.assert_allclose(found, full["prediction"], atol=1e-6 * np.abs(full["prediction"]).max())
 
 
 @pytest.mark.parametrize(("dialect", "backend", "corrections"), CASES)

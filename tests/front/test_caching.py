@@ -169,7 +169,7 @@ def test_fits_are_deterministic(parts: CacheParts, fit: CacheFit, tmp_path: Path
         np.testing.assert_array_equal(again.vectors[name], values)
 
 
-@pytest.mark.parametrize("policy", ["teacache:0.3", "first_block:0.3"])
+@pytest.mark.parametrize("policy", ["teacache:0.3", "firstblock:0.3"])
 def test_decisions_at_run_time_skip_about_what_was_asked_for(
     parts: CacheParts, tmp_path: Path, policy: str
 ) -> None:

@@ -59,6 +59,7 @@ def test_float_with_fewer_steps_is_interpolated() -> None:
     assert float_psnr_at(50.0, ALL) == 20.0
     assert float_psnr_at(75.0, ALL) == 25.0
     assert float_psnr_at(1e9, ALL) == 40.0
+    assert float_psnr_at(1e9, PLANS) == -math.inf
 
 
 def test_a_plan_that_loses_to_fewer_steps_is_never_chosen() -> None:

@@ -13,6 +13,7 @@ from quantempo.calib.cache.schedules import (
     check_schedule,
     cost_of,
     every,
+    improved,
     power_law,
     programmed,
     serving,
@@ -167,3 +168,22 @@ def test_settings_out_of_range_are_refused() -> None:
     for make in (lambda: every(5, 0), lambda: power_law(5, 2, 0.5), lambda: capped((0,), 5, -1)):
         with pytest.raises(RequestError, match="cache schedule"):
             make()
+
+
+def test_moving_refreshes_finds_the_best_neighbour_and_never_loses() -> None:
+    wanted = (0, 4, 5, 9)
+
+    def error(refreshes: tuple[int, ...]) -> float:
+        return float(sum((a - b) ** 2 for a, b in zip(refreshes, wanted, strict=True)))
+
+    asked: list[tuple[int, ...]] = []
+
+    def counted(refreshes: tuple[int, ...]) -> float:
+        asked.append(refreshes)
+        return error(refreshes)
+
+    assert improved(every(12, 3), 12, 6, counted, 100) == wanted
+    assert all(len(r) == 4 and r[0] == 0 for r in asked)
+    short = improved(every(12, 3), 12, 6, error, 2)
+    assert error(short) <= error(every(12, 3))
+    assert improved(every(12, 3), 12, 3, error, 100) == every(12, 3)  # no room within the longest group

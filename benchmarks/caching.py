@@ -1,0 +1,446 @@
+"""Feature caching on the demo models: the naive stack, with a programmed schedule, and with corrections.
+
+    python benchmarks/caching.py --model dit --work WORK --json docs/caching.json
+    python benchmarks/caching.py --model unet --work WORK --json docs/caching.json
+    python benchmarks/caching.py --model dit --part times --work WORK --json docs/caching.json       # then
+    python benchmarks/caching.py --model dit --part equal-time --work WORK --json docs/caching.json
+
+Every variant runs the same held-out seeds, whose final latents are compared with those of the float model at the same
+number of steps.  Cases that the JSON file holds already are left out, so an interrupted run goes on where it stopped.
+
+*naive* is INT8 with groups and reuse at every N-th call, nothing else: one scale table, no corrections.  *programmed*
+has the measured schedule instead, *full* also its own scales and all corrections that the guard keeps; *even* has them
+on the even schedule.
+
+`equal-time` compares the 50-step rows with the float model at as many steps as fit in the same time, at batch 32; `tap`
+compares calibration samples chosen from cached trajectories with uniform draws; `dynamic` runs the policies that decide
+at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from quality import FIRST_SEED, SOURCES
+
+from quantempo.calib.cache.schedules import every
+from quantempo.calib.cache.tap import select
+from quantempo.calib.collect import StatsCollector
+from quantempo.calib.tables import build_table
+from quantempo.calib.trajectories import TrajectoryBatch
+from quantempo.contracts.cache import FULL, Cut, reuse_name
+from quantempo.contracts.engine import EngineOptions
+from quantempo.contracts.partition import Partition
+from quantempo.contracts.program import StepProgram
+from quantempo.engines.registry import open_engine
+from quantempo.export.graph_files import write_graphs
+from quantempo.export.lower_ort import lower_ort
+from quantempo.pipeline import open_parts
+from quantempo.progress import console_progress
+from quantempo.quality import psnr_db
+from quantempo.runtime.guidance import CONDITIONAL
+from quantempo.runtime.loop import Observation
+from quantempo.stages.cache_corrections import fit_corrections
+from quantempo.stages.cache_images import decoder_of
+from quantempo.stages.cache_runs import (
+    GROUP_INPUT,
+    CacheParts,
+    CacheSettings,
+    VariantBench,
+    fitted_corrections,
+    fitting_batches,
+)
+from quantempo.stages.cache_schedules import ScheduleSearch, scheduled
+from quantempo.stages.caching import feature_changes, variant_tables
+from quantempo.stages.conditioning import deal_labels
+from quantempo.stages.dynamic_caching import fit_dynamic
+from quantempo.stages.quantizers import activation_bits
+from quantempo.stages.store import open_store
+from quantempo.stages.teacher import GIVEN
+
+Latents = NDArray[np.float64]
+CASES = ((20, 2), (20, 3), (50, 3), (50, 2), (50, 5))
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model cut for caching, its bench, and what is compared."""
+
+    name: str
+    parts: CacheParts
+    cut: Cut
+    bench: VariantBench
+    settings: CacheSettings
+    samples: int
+    batch: int
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def reference(self, program: StepProgram) -> Latents:
+        """Final latents of the float model, computed once."""
+        key = "float", program.steps, self.samples
+        if key not in self.kept:
+            self.kept[key] = self.latents("float", program)
+        found: Latents = self.kept[key]
+        return found
+
+    def schedules(self, program: StepProgram) -> ScheduleSearch:
+        """The search for schedules of a number of steps."""
+        if program.steps not in self.kept:
+            self.kept[program.steps] = ScheduleSearch(self.bench, self.settings, program)
+        found: ScheduleSearch = self.kept[program.steps]
+        return found
+
+    def batches(self, program: StepProgram) -> tuple[TrajectoryBatch, ...]:
+        """The held-out trajectories."""
+        denoiser = self.parts.manifest.denoiser
+        held = replace(self.settings, samples=self.samples, batch=self.batch)
+        found = fitting_batches(held, program.steps, denoiser.classes[0].count if denoiser.classes else None)
+        start = FIRST_SEED - found[0].seeds[0]
+        return tuple(replace(batch, seeds=tuple(seed + start for seed in batch.seeds)) for batch in found)
+
+    def latents(self, mode: Any, program: StepProgram, vectors: Mapping[str, Any] | None = None) -> Latents:
+        """Final latents of all held-out runs."""
+        loop = self.bench.loop(mode, vectors or self.bench.identity_vectors(len(program.calls)))
+        return np.concatenate([self.bench.run(loop, program, b).astype(np.float64) for b in self.batches(program)])
+
+    def counted(self, program: StepProgram) -> tuple[Latents, float]:
+        """Final latents of all held-out runs, and the share of their rows that reused."""
+        loop = self.bench.loop("quantized", {})
+        seen: Counter[str] = Counter()
+
+        def watch(call: Observation, outputs: Any) -> None:
+            seen[call.graph] += len(call.samples)
+
+        found = [self.bench.run(loop, program, b, watch).astype(np.float64) for b in self.batches(program)]
+        return np.concatenate(found), seen[reuse_name(0)] / (seen[reuse_name(0)] + seen[FULL])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SOURCES), required=True)
+    parser.add_argument("--cut", default="", help="as compile --cache-cut")
+    parser.add_argument("--samples", type=int, default=200, help="held-out seeds")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--fit", type=int, default=32, help="trajectories that corrections are fitted on")
+    parser.add_argument("--checks", type=int, default=16, help="trajectories that the guard judges by")
+    parser.add_argument("--cases", nargs="+", default=[f"{s}:{n}" for s, n in CASES], help="STEPS:N or STEPS:N:SAMPLES")
+    parser.add_argument("--even", action="store_true", help="also corrections on the even schedule")
+    parser.add_argument("--uncached", action="store_true", help="also INT8 without caching")
+    parser.add_argument("--rounds", type=int, default=3, help="of `times`")
+    parser.add_argument("--count", type=int, default=64, help="samples that `tap` selects")
+    parser.add_argument("--draws", type=int, default=8, help="selections of `tap`")
+    parser.add_argument("--part", choices=["quality", *PARTS], default="quality")
+    parser.add_argument("--work", type=Path, help="folder for results of stages")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+        subject = open_subject(args, Path(folder))
+        if args.part != "quality":
+            PARTS[args.part](subject, args)
+        else:
+            for case in args.cases:
+                steps, interval, *samples = map(int, case.split(":"))
+                measure_case(replace(subject, samples=(samples or [args.samples])[0]), steps, interval, args)
+        subject.bench.close()
+
+
+def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
+    """The quantized model, from the store or calibrated."""
+    model, scheduler, recipe = SOURCES[args.model]
+    recipe = dataclasses.replace(recipe, cache="every:2", cache_cut=args.cut, threads=1)
+    with open_store(args.work, console_progress()) as store:
+        parts, graphs, _ = open_parts(store, Path(model), scheduler, recipe)
+    corrections = fitted_corrections(graphs.cut)
+    bench = VariantBench(parts, folder, {reuse_name(0): graphs.cut}, "feature" in corrections)
+    settings = CacheSettings(
+        "every:2", graphs.cut, corrections, samples=args.fit, checks=args.checks, batch=min(32, args.fit),
+        labels=deal_labels(parts.manifest.denoiser, parts.recipe),
+    )
+    return Subject(args.model, parts, graphs.cut, bench, settings, args.samples, args.batch)
+
+
+def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Namespace) -> None:
+    """One number of steps and one interval: all variants that the file does not hold yet."""
+    key = f"{subject.name} {steps} steps, N={interval}"
+    results = read(args.json)
+    done = results.get("quality", {}).get(key, {})
+    wanted = {"naive", "programmed", "full", *(n for n in ("even", "uncached") if getattr(args, n))}
+    if wanted <= set(done.get("variants", {})) and done.get("samples") == subject.samples:
+        return
+    bench, settings = subject.bench, subject.settings
+    plain = subject.parts.exported.program(steps)
+    bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
+    reference = subject.reference(plain)
+    made = {"uncached": subject.latents("quantized", plain)} if args.uncached else {}
+    even = every(len(plain.calls), interval)
+    schedule = subject.schedules(plain).schedule("programmed", interval)
+    made["naive"] = subject.latents("quantized", scheduled(bench, plain, even))
+    made["programmed"] = subject.latents("quantized", scheduled(bench, plain, schedule))
+    kept = {}
+    for name, refreshes in (("full", schedule), ("even", even)):
+        if name not in wanted:
+            continue
+        cached = scheduled(bench, plain, refreshes)
+        changes = feature_changes(bench, settings, plain, 2 * interval)
+        bench.quantize(variant_tables(bench, settings, {steps: cached}))
+        fit = fit_corrections(bench, settings, plain, cached, refreshes, changes)
+        made[name] = subject.latents("quantized", fit.program, fit.vectors)
+        kept[name] = fit.report()["final_latent_mse"]
+    results = read(args.json)
+    row = {
+        "samples": subject.samples, "steps": steps, "interval": interval, "guidance": settings.guidance,
+        "cut": subject.cut.kind, "programmed": list(schedule), "guard": kept, "fitted_on": settings.samples,
+        **compare(subject, made, reference),
+        "command": f"python benchmarks/caching.py --model {args.model} --cases {steps}:{interval} --samples "
+        f"{subject.samples} --fit {args.fit} --checks {args.checks}" + (f" --cut {args.cut}" if args.cut else ""),
+    }
+    results.setdefault("quality", {})[f"{key}{f', {args.cut}' if args.cut else ''}"] = row
+    write(args.json, results)
+    print(key, {k: (round(v["psnr_db"], 2), v["final_latent_mse"]) for k, v in row["variants"].items()}, row["paired"],
+          flush=True)
+
+
+def times(subject: Subject, args: argparse.Namespace) -> None:
+    """Milliseconds of whole runs of 32 guided samples at 50 steps: INT8 with reuse, INT8, and float."""
+    bench, plain = subject.bench, subject.parts.exported.program(50)
+    bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
+    batch = replace(subject, samples=32, batch=32).batches(plain)[0]
+    neutral = bench.identity_vectors(len(plain.calls))
+    programs = {f"N={n}": ("quantized", scheduled(bench, plain, every(50, n))) for n in (2, 3, 5)}
+    runs: dict[str, tuple[Any, StepProgram]] = {"float": ("float", plain), "int8": ("quantized", plain), **programs}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(args.rounds + 1):
+        for name, (mode, program) in runs.items():
+            loop = bench.loop(mode, neutral)
+            started = time.perf_counter()
+            bench.run(loop, program, batch)
+            if turn:
+                found[name].append(1e3 * (time.perf_counter() - started))
+    made = {name: statistics.median(values) for name, values in found.items()}
+    results = read(args.json)
+    results.setdefault("times", {})[subject.name] = {"batch": 32, "steps": 50, "ms": made}
+    write(args.json, results)
+    print(made)
+
+
+def equal_time(subject: Subject, args: argparse.Namespace) -> None:
+    """The 50-step rows beside the float model with as many steps as fit in their time, rounded up."""
+    results = read(args.json)
+    ms = results["times"][subject.name]["ms"]
+    plain = subject.parts.exported.program(50)
+    decode = decoder_of(subject.parts)
+    reference = decode(subject.latents("float", plain))
+    rows = {}
+    for interval in (2, 3, 5):
+        row = results["quality"].get(f"{subject.name} 50 steps, N={interval}")
+        if row is None:
+            continue
+        steps = math.ceil(50 * ms[f"N={interval}"] / ms["float"])
+        images = decode(subject.latents("float", subject.parts.exported.program(steps)))
+        rival = float(psnr_db(images, reference).mean())
+        name = max(row["variants"].keys() & {"full", "even"}, key=lambda n: row["variants"][n]["psnr_db"])
+        best = row["variants"][name]["psnr_db"]
+        rows[f"N={interval}"] = {
+            "float_steps": steps, "float_psnr_db": rival, "variant": name, "psnr_db": best, "gain_db": best - rival,
+            "samples": subject.samples, "ms": ms[f"N={interval}"], "float_ms": steps * ms["float"] / 50,
+        }
+    results = read(args.json)
+    results.setdefault("equal_time", {})[subject.name] = rows
+    write(args.json, results)
+    print(rows)
+
+
+def dynamic(subject: Subject, args: argparse.Namespace) -> None:
+    """Policies that decide at run time, at half of the calls: fidelity, and what other thresholds reuse."""
+    decode, plain = decoder_of(subject.parts), subject.parts.exported.program(20)
+    reference = decode(subject.latents("float", plain))
+    rows = {}
+    for policy in ("teacache:0.5", "firstblock:0.5"):
+        with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+            asked = replace(subject.settings, policy=policy)
+            fit = fit_dynamic(subject.parts, asked, Path(folder), (20,))
+            (Path(folder) / "bench").mkdir()
+            bench = VariantBench(subject.parts, Path(folder) / "bench", fit.plan.cuts, False, fit.plan.probe)
+            bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
+            there = replace(subject, bench=bench)
+            shares = {}
+            for factor in (0.0, 0.5, 1.0, 2.0):
+                program = with_threshold(fit.programs[20], factor)
+                few = there if factor == 1.0 else replace(there, samples=16, batch=16)
+                made, share = few.counted(program)
+                shares[str(factor)] = share
+                if factor == 1.0:
+                    psnr = float(psnr_db(decode(made), reference).mean())
+            bench.close()
+        rows[policy] = {"psnr_db": psnr, "samples": subject.samples, "reused_by_threshold": shares,
+                        "threshold": fit.report["20"]["threshold"]}
+        print(policy, rows[policy], flush=True)
+    results = read(args.json)
+    results.setdefault("dynamic", {})[subject.name] = rows
+    write(args.json, results)
+
+
+def with_threshold(program: StepProgram, factor: float) -> StepProgram:
+    """The program with all thresholds multiplied."""
+    calls = [
+        call if call.decide is None
+        else replace(call, decide=replace(call.decide, threshold=factor * call.decide.threshold))
+        for call in program.calls
+    ]  # fmt: skip
+    return replace(program, calls=tuple(calls))
+
+
+def compare(subject: Subject, made: Mapping[str, Latents], reference: Latents) -> dict[str, Any]:
+    """Mean errors, and paired differences from variant to variant with 95 % intervals over seeds (bootstrap)."""
+    decode = decoder_of(subject.parts)
+    images = decode(reference)
+    errors = {name: ((x - reference) ** 2).reshape(len(x), -1).mean(axis=1) for name, x in made.items()}
+    psnr = {name: psnr_db(decode(x), images) for name, x in made.items()}
+    variants = {
+        name: {"final_latent_mse": float(errors[name].mean()), "psnr_db": float(psnr[name].mean())} for name in made
+    }
+    paired = {}
+    for worse, better in (("naive", "programmed"), ("programmed", "full"), ("naive", "full"), ("naive", "even")):
+        if worse in made and better in made:
+            paired[f"{worse} - {better}"] = {
+                "final_latent_mse": interval_of(errors[worse] - errors[better]),
+                "gain_db": interval_of(psnr[better] - psnr[worse]),
+            }
+    return {"variants": variants, "paired": paired}
+
+
+def tap_effect(subject: Subject, args: argparse.Namespace) -> None:
+    """Scales from samples chosen by TAP against scales from uniform draws of equal size, on held-out cached calls.
+
+    The pool is every call of the even N = 3 trajectories of the float model; scales are min-max, in four groups of
+    timesteps, of the graph that computes everything; the error is that of its prediction at each held-out call.
+    """
+    plain = subject.parts.exported.program(20)
+    bench = subject.bench
+    program = scheduled(bench, plain, every(20, 3))
+    pool = capture(subject, program, subject.settings.samples)
+    held = capture(subject, program, 8, offset=1000)
+    keys = np.array([point.key for point in pool])
+    features = np.stack([point.feeds["sample"][0] for point in pool])
+    count, found = args.count, {"tap": [], "uniform": []}
+    for seed in range(args.draws):
+        picks = {
+            "tap": select(features, np.array([point.call for point in pool]), count, seed=seed),
+            "uniform": np.random.default_rng(seed).choice(len(pool), count, replace=False),
+        }
+        for name, indices in picks.items():
+            found[name].append(call_error(subject, [pool[i] for i in indices], held, keys))
+    differences = np.array(found["uniform"]) - np.array(found["tap"])
+    row = {
+        "pool": len(pool), "selected": count, "draws": args.draws, "held_out_calls": len(held),
+        "mse": {name: float(np.mean(values)) for name, values in found.items()},
+        "uniform - tap": interval_of(differences),
+        "relative": float(differences.mean() / np.mean(found["uniform"])),
+    }
+    results = read(args.json)
+    results.setdefault("tap", {})[subject.name] = row
+    write(args.json, results)
+    print(row)
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One row of one call: what it was fed, and the float prediction."""
+
+    call: int
+    key: float
+    feeds: Mapping[str, NDArray[Any]]
+    wanted: NDArray[np.float32]
+
+
+def capture(subject: Subject, program: StepProgram, samples: int, offset: int = 0) -> list[Point]:
+    """The conditional rows of all calls of cached float runs, with what the full float graph says of them."""
+    denoiser = subject.parts.manifest.denoiser
+    loop = subject.bench.loop("shown", subject.bench.identity_vectors(len(program.calls)))
+    full = subject.bench.engine("float", FULL)
+    points = []
+
+    def watch(seen: Observation, outputs: Any) -> None:
+        feeds = {name: outputs[GIVEN + name].array.copy() for name in full.inputs}
+        wanted = full.run(feeds)[denoiser.prediction]
+        for row, branch in enumerate(seen.branches):
+            if branch == CONDITIONAL:
+                one = {name: values[row : row + 1] for name, values in feeds.items()}
+                points.append(Point(seen.index, seen.call.key, one, wanted[row : row + 1]))
+
+    batch = replace(subject, samples=samples, batch=samples).batches(program)[0]
+    subject.bench.run(loop, program, replace(batch, seeds=tuple(s + offset for s in batch.seeds)), watch)
+    return points
+
+
+def call_error(
+    subject: Subject, chosen: Sequence[Point], held: Sequence[Point], keys: NDArray[np.float64]
+) -> float:
+    """Mean squared error of the quantized prediction at held-out calls, with scales from the chosen points."""
+    parts = subject.parts
+    borders = tuple(float(b) for b in np.quantile(keys, [0.25, 0.5, 0.75]))
+    partition = Partition(borders, float(keys.min()), float(keys.max()))
+    tensors = parts.plan.scaled_tensors()
+    plan = replace(parts.plan, centred=())
+    collector = StatsCollector(FULL, tensors)
+    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+        write_graphs(Path(folder), {"float": parts.exported.graph})
+        options = EngineOptions(threads=1, extra_outputs=tensors)
+        tapped = open_engine("ort", Path(folder) / "float.onnx", options)
+        for call in sorted({point.call for point in chosen}):
+            rows = [point for point in chosen if point.call == call]
+            seen = tapped.run({n: np.concatenate([p.feeds[n] for p in rows]) for n in tapped.inputs})
+            collector.observe(rows[0].key, seen, seeds=range(len(rows)))
+        tapped.close()
+        table = build_table(collector.stats(), partition, "minmax", activation_bits(plan))
+        write_graphs(Path(folder), {"int8": lower_ort(parts.exported.graph, plan, table, parts.weights)})
+        engine = open_engine("ort", Path(folder) / "int8.onnx", EngineOptions(threads=1))
+        total = 0.0
+        for call in sorted({point.call for point in held}):
+            rows = [point for point in held if point.call == call]
+            feeds = {n: np.concatenate([p.feeds[n] for p in rows]) for n in engine.inputs if n != GROUP_INPUT}
+            group = np.array(partition.group_of(rows[0].key))
+            made = engine.run({**feeds, GROUP_INPUT: group})[parts.manifest.denoiser.prediction]
+            total += float(np.sum((made - np.concatenate([p.wanted for p in rows])) ** 2)) / made[0].size
+        engine.close()
+    return total / len(held)
+
+
+def interval_of(differences: NDArray[np.float64]) -> list[float]:
+    """Mean, and the ends of its 95 % interval."""
+    rng = np.random.Generator(np.random.Philox(0))
+    picks = rng.integers(0, len(differences), (RESAMPLES, len(differences)))
+    low, high = np.percentile(differences[picks].mean(axis=1), [2.5, 97.5])
+    return [float(differences.mean()), float(low), float(high)]
+
+
+PARTS = {"times": times, "equal-time": equal_time, "dynamic": dynamic, "tap": tap_effect}
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """Results so far."""
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+def write(path: Path | None, results: Mapping[str, Any]) -> None:
+    """All results."""
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

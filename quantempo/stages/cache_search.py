@@ -1,0 +1,184 @@
+"""`--cache auto`: policies are tried on the quantized model, and the best one within a budget is taken.
+
+Every candidate is corrected, timed and compared with the float model.  The float model with fewer steps stands in the
+same table: a plan that it beats in the same time is never taken.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantempo.calib.cache.cost import Candidate, choose, loses_to_fewer_steps, pareto, predicted_ms
+from quantempo.contracts.cache import reuse_name
+from quantempo.contracts.program import StepProgram
+from quantempo.errors import RequestError
+from quantempo.progress import Advance
+from quantempo.quality import Images, psnr_db
+from quantempo.stages.cache_corrections import fit_corrections
+from quantempo.stages.cache_images import decoder_of
+from quantempo.stages.cache_runs import CacheParts, CacheSettings, Mode, VariantBench, check_batches
+from quantempo.stages.cache_schedules import ScheduleSearch, scheduled
+from quantempo.stages.caching import feature_changes, parse_policy, variant_tables
+
+AUTO, NONE = "auto", "none"
+CANDIDATES = tuple(f"{name}:{interval}" for interval in (2, 3, 4, 5) for name in ("every", "programmed"))
+SAMPLES, CHECKS = 16, 16
+"""Trajectories that a candidate's corrections are fitted on and judged by, at most."""
+TIMED_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan has to keep; `None` for no limit.
+
+    Args:
+        min_psnr_db: fidelity to the float model with the same number of steps.
+        max_ms: time of a guided run of one sample.
+    """
+
+    min_psnr_db: float | None = None
+    max_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What was taken, `none` where every plan loses to the float model, and the table that it was taken from."""
+
+    policy: str
+    report: Mapping[str, Any]
+
+
+def search(
+    parts: CacheParts, settings: CacheSettings, folder: Path, steps: int, budget: Budget, advance: Advance
+) -> Searched:
+    """Try the candidates at one number of steps.
+
+    Args:
+        parts: the quantized model.
+        settings: cut, corrections and guidance; the policy in it does not matter.
+        folder: an empty folder for graphs.
+        steps: of the runs.
+        budget: to keep.
+        advance: told after each candidate.
+
+    Raises:
+        RequestError: no policy keeps the budget; the nearest one is named.
+    """
+    few = replace(settings, samples=min(SAMPLES, settings.samples), checks=min(CHECKS, settings.checks))
+    few = replace(few, batch=min(few.batch, few.samples))
+    bench = VariantBench(parts, folder, {reuse_name(0): settings.cut}, "feature" in settings.corrections)
+    try:
+        trial = _Trial(bench, few, parts.exported.program(steps))
+        known = list(CANDIDATES)
+        plans = [trial.uncached()]
+        for done, policy in enumerate(known):
+            advance(done, len(known) + 1)
+            plans.append(trial.plan(policy))
+        rows = [*plans, *trial.fewer_steps([plan.milliseconds for plan in plans])]
+        advance(len(known) + 1, len(known) + 1)
+    finally:
+        bench.close()
+    limited = budget.min_psnr_db is not None or budget.max_ms is not None
+    # Without a budget there is nothing that speaks for an uncached run but its fidelity.
+    eligible = [row for row in rows if limited or row.name != NONE]
+    try:
+        policy = choose(eligible, min_psnr=budget.min_psnr_db, max_ms=budget.max_ms).name
+    except RequestError:
+        if limited:
+            raise
+        policy = NONE
+    front = {row.name for row in pareto(rows)}
+    table = [
+        {**asdict(row), "pareto": row.name in front, "taken": row.name == policy,
+         "loses_to_fewer_steps": row.kind == "plan" and loses_to_fewer_steps(row, rows)}
+        for row in sorted(rows, key=lambda row: row.milliseconds)
+    ]  # fmt: skip
+    return Searched(policy, {
+        "policy": policy, "steps": steps, "budget": asdict(budget), "guidance": few.guidance, "samples": few.checks,
+        "ms_per_call": trial.times, "table": table,
+    })  # fmt: skip
+
+
+class _Trial:
+    """Candidates on one bench, one number of steps, and the same held-out runs."""
+
+    def __init__(self, bench: VariantBench, settings: CacheSettings, plain: StepProgram) -> None:
+        self._bench, self._settings, self._plain = bench, settings, plain
+        self._schedules = ScheduleSearch(bench, settings, plain)
+        self._decode: Callable[[NDArray[Any]], Images] = decoder_of(bench.parts)
+        bench.quantize(dict.fromkeys(bench.set.variants, bench.parts.table))
+        self._wanted = self._images("float", plain, {})
+        self.times = {
+            "float": self._once("float", "full"), **{n: self._once("quantized", n) for n in bench.set.variants},
+        }
+
+    def uncached(self) -> Candidate:
+        """INT8 without caching."""
+        return self._candidate(NONE, self._plain, {})
+
+    def plan(self, policy: str) -> Candidate:
+        """A policy with its corrections."""
+        bench, settings, plain = self._bench, self._settings, self._plain
+        name, interval = parse_policy(policy)
+        refreshes = self._schedules.schedule(name, interval)
+        cached = scheduled(bench, plain, refreshes)
+        bench.quantize(variant_tables(bench, settings, {plain.steps: cached}))
+        fit = fit_corrections(
+            bench, settings, plain, cached, refreshes, feature_changes(bench, settings, plain, 2 * interval)
+        )
+        return self._candidate(policy, fit.program, fit.vectors)
+
+    def fewer_steps(self, milliseconds: Sequence[float]) -> list[Candidate]:
+        """The float model at the step counts whose times lie around given ones."""
+        programs, steps = self._bench.parts.exported.programs, self._plain.steps
+        counts = {int(ms / self.times["float"]) + more for ms in milliseconds for more in (0, 1)}
+        found = []
+        for count in sorted({min(max(count, 1), steps - 1) for count in counts} & set(programs)):
+            program = self._bench.parts.exported.program(count)
+            time_ms = len(program.calls) * self.times["float"]
+            psnr = float(psnr_db(self._images("float", program, {}), self._wanted).mean())
+            found.append(Candidate(f"float, {count} steps", "fewer_steps", time_ms, psnr))
+        return found
+
+    def _candidate(self, name: str, program: StepProgram, vectors: Mapping[str, Any]) -> Candidate:
+        psnr = float(psnr_db(self._images("quantized", program, vectors), self._wanted).mean())
+        measured = self._trajectory(program, vectors)
+        return Candidate(name, "plan", predicted_ms(program, self.times), psnr, measured)
+
+    def _images(self, mode: Mode, program: StepProgram, vectors: Mapping[str, Any]) -> Images:
+        loop = self._bench.loop(mode, vectors or self._bench.identity_vectors(len(program.calls)))
+        batches = check_batches(self._bench, self._settings, program)
+        return self._decode(np.concatenate([self._bench.run(loop, program, batch) for batch in batches]))
+
+    def _once(self, mode: Literal["float", "quantized"], variant: str) -> float:
+        """Milliseconds of one call for a guided sample."""
+        rows = 2 if self._settings.guidance > 1 else 1
+        engine = self._bench.engine(mode, variant)
+        binding = engine.bind({"batch": rows})
+        binding.run()
+        return _median(binding.run)
+
+    def _trajectory(self, program: StepProgram, vectors: Mapping[str, Any]) -> float:
+        """Milliseconds of a run of one guided sample."""
+        loop = self._bench.loop("quantized", vectors or self._bench.identity_vectors(len(program.calls)))
+        batch = check_batches(self._bench, self._settings, program)[0]
+        one = replace(batch, seeds=batch.seeds[:1], labels=batch.labels[:1])
+        self._bench.run(loop, program, one)
+        return _median(lambda: self._bench.run(loop, program, one))
+
+
+def _median(action: Callable[[], object]) -> float:
+    times = []
+    for _ in range(TIMED_RUNS):
+        started = time.perf_counter()
+        action()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
