@@ -133,9 +133,9 @@ def compile_command(
         steps=_steps(steps), samples=samples, batch=batch, calibration=calib_set, schedulers=calib_scheduler,
         selection=selection, hard_cases=hard_cases, keep=keep, exclude=exclude, activation_bits=activation_bits,
         weight_method=weight_method, cache=cache, cache_cut=cache_cut, cache_steps=_steps(cache_steps),
-        cache_min_psnr=cache_min_psnr, cache_max_ms=max_time,
-        max_steps=max_steps, seed=None if seed < 0 else seed, reference=reference, threads=threads,
-        size=size, tokens=tokens, controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs,
+        cache_min_psnr=cache_min_psnr, cache_max_ms=max_time, max_steps=max_steps, reference=reference,
+        seed=None if seed < 0 else seed, threads=threads, size=size, tokens=tokens,
+        controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs,
     )
     try:
         summary = compile_model(
