@@ -135,8 +135,7 @@ def compile_command(
         weight_method=weight_method, cache=cache, cache_cut=cache_cut, cache_steps=_steps(cache_steps),
         cache_min_psnr=cache_min_psnr, cache_max_ms=max_time, max_steps=max_steps, reference=reference,
         seed=None if seed < 0 else seed, threads=threads, size=size, tokens=tokens,
-        controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs,
-    )
+        controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs)  # fmt: skip
     try:
         summary = compile_model(
             model, out, chosen, scheduler=scheduler, plan_file=plan, work=work, guard=guard, min_psnr=min_psnr,
