@@ -130,14 +130,12 @@ def compile_model(
         _check_pictures(exported, min_psnr)
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
-        plan = plan if cut is None else cut.keep_free(plan)
+        plan = cut.keep_free(plan) if cut else plan
         collected, table, weights, keys, second = _numbers(store, exported, view, plan, taps, opened, loop)
         choice = _with_ranges(choice, exported, view, opened, progress)
         guarded = guard_stage(exported, plan, table, weights, choice, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
-        parts = CacheParts(
-            exported, plan, table, weights, collected.statistics, view.manifest, recipe, given, opened.module
-        )
+        parts = _parts(exported, plan, table, weights, collected, view, opened)
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
         with BundleWriter(out, overwrite=overwrite) as writer:
             with progress.stage("write", WRITES):
@@ -147,6 +145,16 @@ def compile_model(
     if judged is not None:
         judged.check(aside(out))
     return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups, tuple(store.runs))
+
+
+def _parts(
+    exported: Exported, plan: QuantPlan, table: ScaleTable, weights: Mapping[str, QuantizedWeight],
+    collected: Calibration, view: OpenBundle, opened: Opened,
+) -> CacheParts:
+    """What the writing of a bundle and the fit of a cache are made from."""
+    return CacheParts(
+        exported, plan, table, weights, collected.statistics, view.manifest, opened.recipe, opened.arrays, opened.module
+    )
 
 
 def _fill(
