@@ -157,7 +157,7 @@ def check_policy(text: str) -> None:
         RequestError.
     """
     name = text.partition(":")[0]
-    if text == AUTO:
+    if text in (AUTO, NONE):
         return
     if name in mask_caching.POLICIES:
         mask_caching.parse_masks(text)
