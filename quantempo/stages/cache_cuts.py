@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -140,9 +141,10 @@ def default_cuts(graph: Graph) -> Iterable[Cut]:
         return []
     blocks, depth = listed
     first = int(depth / 6 + 0.5)
-    return [
-        sublayer_cut(graph, blocks, depth, range(depth)), DeltaCut(first, depth - 1 - first, depth, blocks)
-    ]
+    cuts: list[Cut] = [DeltaCut(first, depth - 1 - first, depth, blocks)]
+    with suppress(ExportError):  # blocks without attention or MLP layers of their own
+        cuts.insert(0, sublayer_cut(graph, blocks, depth, range(depth)))
+    return cuts
 
 
 def _blocks(graph: Graph) -> tuple[str, int] | None:

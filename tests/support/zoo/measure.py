@@ -27,7 +27,7 @@ from quantempo.export.sites import PlanOptions, default_plan
 from quantempo.export.trace import FloatGraph, torch_reference, trace_module, verify_denoiser
 from quantempo.export.variants import cut_variants
 from quantempo.export.weights import quantize_weights
-from quantempo.stages.cache_stage import default_cuts
+from quantempo.stages.cache_cuts import default_cuts
 from quantempo.stages.dialects import lower_graphs
 from quantempo.stages.quantizers import scale_table
 
