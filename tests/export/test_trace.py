@@ -181,9 +181,11 @@ def test_verify_refuses_a_wrong_graph_and_nan():
 
 
 def test_module_that_cannot_be_traced_is_an_export_error(tmp_path):
-    def branches(feeds):
-        return {"hidden_states": feeds["sample"] if feeds["sample"].sum() > 0 else -feeds["sample"]}
-
     module, family, _ = traced("unet")
+
+    def branches(feeds):
+        sample = feeds["sample"]
+        return family.arguments({**feeds, "sample": sample if sample.sum() > 0 else -sample})
+
     with pytest.raises(ExportError, match="input 'sample': found Python that looks at its contents"):
         trace_module(module, dataclasses.replace(family, arguments=branches), tmp_path)
