@@ -21,7 +21,7 @@ from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.runtime.bundle_writer import BundleWriter, aside, check_target, clean_up
-from quantempo.stages.cache_cuts import cut_for_caching
+from quantempo.stages.cache_cuts import CacheGraphs, cut_for_caching
 from quantempo.stages.cache_runs import CacheParts
 from quantempo.stages.cache_stage import CacheResult, cache_stage, check_cache_recipe
 from quantempo.stages.calibration import (
@@ -145,6 +145,31 @@ def compile_model(
     if judged is not None:
         judged.check(aside(out))
     return CompileSummary(bundle, len(plan.sites), len(plan.quantized()), table.partition.groups, tuple(store.runs))
+
+
+def open_parts(
+    store: StageStore, model: Path, scheduler: Path | None, recipe: Recipe
+) -> tuple[CacheParts, CacheGraphs, tuple[str, ...]]:
+    """What a cache is fitted from, without writing a bundle: for benchmarks of policies and corrections.
+
+    Args:
+        store: results are taken from it, or made and kept.
+        model: pipeline directory, or denoiser directory with `scheduler`.
+        scheduler: scheduler directory; `None` for the pipeline's own.
+        recipe: asks for caching.
+
+    Returns:
+        The quantized model, its variants, and the keys of the stages behind it.
+    """
+    opened = open_model(model, scheduler, recipe, {})
+    exported = export_model(opened, store)
+    view = float_view(exported, opened.recipe)
+    cut = cut_for_caching(exported.graph, opened.recipe)
+    assert cut is not None, "the recipe asks for no caching"
+    plan, taps = plan_stage(store, exported, opened.recipe, None)
+    plan = cut.keep_free(plan)
+    collected, table, weights, keys, _ = _numbers(store, exported, view, plan, taps, opened, None)
+    return _parts(exported, plan, table, weights, collected, view, opened), cut, keys
 
 
 def _parts(

@@ -169,7 +169,7 @@ def test_revert_leaves_a_planted_loser_in_float(subject: Subject, monkeypatch: p
 def test_where_everything_loses_the_compile_stops_with_advice(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slowed(monkeypatch, "")
+    slowed(monkeypatch, "", rounds=240)
     monkeypatch.setattr(guarding, "candidates", lambda: ("ort",))
     warnings.simplefilter("ignore", SlowerThanFloat)  # pytest puts the filters back
     with pytest.raises(NoSites, match=r"(?s)slower in integers than in float, however.*--dtype float32"):

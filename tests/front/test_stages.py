@@ -86,7 +86,7 @@ def test_each_stage_is_one_line_with_its_reason(cli: Any, dit_bundle: OpenBundle
     assert code == 0
     lines = [line.strip() for line in err.splitlines() if line.strip()]
     assert [line.split(":")[0] for line in lines] == [
-        "sampler", "denoiser", "decoder", "plan", "calibrate", "scales", "weights", "write",
+        "sampler", "denoiser", "decoder", "plan", "calibrate", "scales", "weights", "ranges", "write",
     ]
     assert lines[4] == "calibrate: reused (same inputs)"
     assert lines[5].startswith("scales: run (changed: range method), ")

@@ -278,12 +278,14 @@ def test_prompt_embeddings_of_free_length_are_fed_to_both_branches(tmp_path: Pat
     session = text_session(tmp_path)
     prompt, negative = standard_normal(0, 0, 0, (2, 7, 6)), np.zeros((1, 7, 6), np.float32)
     guided = session(
-        encoder_hidden_states=prompt, negative_encoder_hidden_states=negative, guidance_scale=3.0, seed=0
+        encoder_hidden_states=prompt, negative_encoder_hidden_states=negative, guidance_scale=3.0, seed=0,
+        output_type="latent",
     ).latents
     assert guided.shape[0] == 2
-    plain = session(encoder_hidden_states=prompt, seed=0).latents
+    plain = session(encoder_hidden_states=prompt, seed=0, output_type="latent").latents
     assert not np.array_equal(guided, plain)
-    longer = session(encoder_hidden_states=standard_normal(0, 0, 0, (1, 11, 6)), seed=0).latents
+    given = standard_normal(0, 0, 0, (1, 11, 6))
+    longer = session(encoder_hidden_states=given, seed=0, output_type="latent").latents
     assert longer.shape[0] == 1
 
 
@@ -310,7 +312,7 @@ def test_prompt_embeddings_of_free_length_are_fed_to_both_branches(tmp_path: Pat
 )
 def test_bad_embeddings_are_refused_in_these_words(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        text_session(tmp_path)(**arguments)
+        text_session(tmp_path)(output_type="latent", **arguments)
 
 
 def test_an_absent_dialect_is_refused_with_those_there(session: Session) -> None:

@@ -36,10 +36,11 @@ def device_engine(folder: Path, echo: Engine, device: FakeDevice, **settings: st
     node = helper.make_node("Identity", [inputs[0].name], [outputs[0].name])
     path = folder / "signature.onnx"
     onnx.save(helper.make_model(helper.make_graph([node], "signature", inputs, outputs)), path)
+    library = FakeLibrary(device, compute=lambda given: echo.run({n: a.copy() for n, a in given.items()})["prediction"])
+    version = str(library.__version__)
     plan = PlanRecord(
-        "x.plan", FileEntry(digest(PLAN), len(PLAN)), len(PLAN), KeyParts("g", "tensorrt_rtx", "1", "sm_89"),
+        "x.plan", FileEntry(digest(PLAN), len(PLAN)), len(PLAN), KeyParts("g", "tensorrt_rtx", version, "sm_89"),
         (parse_profile("batch=1:2:16"),), "plan",
     )
-    record = EngineRecord("rtx-ada", "tensorrt_rtx", "1", "8.9", digest("bundle"), {"x": plan})
-    library = FakeLibrary(device, compute=lambda given: echo.run({n: a.copy() for n, a in given.items()})["prediction"])
+    record = EngineRecord("rtx-ada", "tensorrt_rtx", version, "8.9", digest("bundle"), {"x": plan})
     return TrtEngine(library, device, path, record, "x", PLAN, {"cuda_graph": "on", "registers": "device", **settings})
