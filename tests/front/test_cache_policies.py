@@ -39,7 +39,8 @@ def compiled(folder: Path, policy: str, out: Path | None = None, **changes: Any)
     ).bundle
 
 
-@pytest.mark.parametrize("policy", [pytest.param("masks:0.5", marks=pytest.mark.full), "greedy:0.5"])
+@pytest.mark.full
+@pytest.mark.parametrize("policy", ["masks:0.5", "greedy:0.5"])
 def test_masks_reuse_their_share_in_a_bounded_number_of_variants(folder: Path, policy: str) -> None:
     bundle = compiled(folder, policy)
     cuts = describe(bundle.root)["cache"]["cuts"]
