@@ -12,9 +12,9 @@ from quantempo.contracts import cache as contract
 from quantempo.contracts.cache import FULL, PROBE, CachePlan, Probe, cached_program, check_cache_plan
 from quantempo.contracts.engine import Buffer
 from quantempo.contracts.program import INDICATOR, Decide, StepProgram
-from quantempo.errors import RequestError, nearest
 from quantempo.runtime.loop import Observation
 from quantempo.stages.cache_runs import CacheParts, CacheSettings, VariantBench, fitting_runs, taught
+from quantempo.stages.policy_words import parse_share
 
 POLICIES: Mapping[str, Literal["modulated_input", "first_block"]] = {
     "teacache": "modulated_input", "firstblock": "first_block",
@@ -90,18 +90,10 @@ def parse_dynamic(text: str) -> tuple[str, float]:
     Raises:
         RequestError: not such a word.
     """
-    name, _, number = text.partition(":")
-    try:
-        share = float(number)
-    except ValueError:
-        share = -1.0
-    if name not in POLICIES or not 0 <= share < 1:
-        raise RequestError(
-            "cache policy", found=repr(text), wanted="teacache:SHARE or firstblock:SHARE, with a share in 0 to 1",
-            cause="a misspelling" if name not in POLICIES else "the share is missing or out of range",
-            remedy=nearest(name, POLICIES) if name not in POLICIES else f"write for example {name}:0.5",
-        )
-    return name, share
+    return parse_share(
+        text, tuple(POLICIES), "teacache:SHARE or firstblock:SHARE, with a share in 0 to 1",
+        lambda share: 0 <= share < 1, example="0.5",
+    )
 
 
 def indicator_record(bench: VariantBench, settings: CacheSettings, program: StepProgram) -> IndicatorRecord:

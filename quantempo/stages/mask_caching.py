@@ -19,11 +19,12 @@ from quantempo.calib.cache.schedules import Schedule, every
 from quantempo.contracts.cache import SublayerCut, merge_masks, reuse_name
 from quantempo.contracts.engine import Buffer
 from quantempo.contracts.program import StepProgram
-from quantempo.errors import RequestError, nearest
+from quantempo.errors import RequestError
 from quantempo.runtime.loop import Observation
 from quantempo.stages.cache_runs import CacheParts, CacheSettings, Float32s, VariantBench
 from quantempo.stages.cache_schedules import few_batches
 from quantempo.stages.caching import CacheFit, Chosen, fit_chosen
+from quantempo.stages.policy_words import parse_share
 from quantempo.stages.teacher import GIVEN
 
 POLICIES = ("masks", "greedy")
@@ -38,18 +39,10 @@ def parse_masks(text: str) -> tuple[str, float]:
     Raises:
         RequestError: not such a word.
     """
-    name, _, number = text.partition(":")
-    try:
-        share = float(number)
-    except ValueError:
-        share = -1.0
-    if name not in POLICIES or not 0 < share <= 1:
-        raise RequestError(
-            "cache policy", found=repr(text), wanted="masks:SHARE or greedy:SHARE, with a share above 0, at most 1",
-            cause="a misspelling" if name not in POLICIES else "the share is missing or out of range",
-            remedy=nearest(name, POLICIES) if name not in POLICIES else f"write for example {name}:0.7",
-        )
-    return name, share
+    return parse_share(
+        text, POLICIES, "masks:SHARE or greedy:SHARE, with a share above 0, at most 1", lambda share: 0 < share <= 1,
+        example="0.7",
+    )
 
 
 def fit_masks(parts: CacheParts, settings: CacheSettings, folder: Path, steps: Sequence[int]) -> CacheFit:
