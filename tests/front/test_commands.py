@@ -195,4 +195,6 @@ def test_every_command_of_the_page_runs(
             words += ["--samples", "2", "--steps", "4", "--worst", "0"]
         code, out, err = cli(*words)
         refused = words[0] == "check" and "refused" in out
+        # A model this tiny may lose in every region; then the documented answer is a refusal with its advice.
+        refused |= "revert" in words and "slower in integers than in float, however it is divided" in err
         assert code == (1 if refused else 0), f"{command}: {err}"
