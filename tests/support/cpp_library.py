@@ -6,6 +6,7 @@ tools/cpp_sanitizers.py.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -34,16 +35,22 @@ def call(*words: object, **environment: str) -> str:
 
 
 def configure_and_build(folder: Path, *options: str) -> Path:
-    """A build folder; what is up to date in it is kept.  Skips where there is no CMake or no compiler."""
+    """A build folder; what is up to date in it is kept.  Skips where there is no CMake or no compiler.
+
+    Tests run in several processes: one builds, the others wait for it.
+    """
     if not TOOLS:
         pytest.skip("needs cmake and a C++ compiler")
-    fresh = not (folder / "CMakeCache.txt").exists()
     json_headers = importlib.util.find_spec("nlohmann_json")
     if json_headers is not None and json_headers.origin is not None:
         options = (*options, f"-DNLOHMANN_JSON_INCLUDE={Path(json_headers.origin).parent / 'include'}")
-    generator = ("-G", "Ninja") if shutil.which("ninja") and fresh else ()
-    call("cmake", "-S", SOURCE, "-B", folder, *generator, *options)
-    call("cmake", "--build", folder, "-j", "2")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".building").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fresh = not (folder / "CMakeCache.txt").exists()
+        generator = ("-G", "Ninja") if shutil.which("ninja") and fresh else ()
+        call("cmake", "-S", SOURCE, "-B", folder, *generator, *options)
+        call("cmake", "--build", folder, "-j", "2")
     return folder
 
 
