@@ -188,7 +188,7 @@ def _sum(target: Any) -> Rule:
             imaginary = p.build(target, b, d)
         shape = list(value_of(real).shape)
         if list(value_of(imaginary).shape) != shape:
-            imaginary = p.build(aten.expand.default, imaginary, shape)
+            imaginary = p.build(aten.add.Tensor, imaginary, p.build(aten.zeros_like.default, real))
         return p.join(real, imaginary)
 
     return rule
@@ -236,6 +236,27 @@ def _moved(p: Pairs) -> Node:
     source = p.pair(given.pop(first))
     changed = {name: item for name, item in given.items() if item != p.defaults[name]}
     return p.build(p.node.target, source, **changed)  # type: ignore[arg-type]
+
+
+def _made(p: Pairs) -> Node:
+    """A new complex tensor of zeros, or of whatever is in memory."""
+    options = {name: item for name, item in p.given.items() if item != p.defaults[name] and name != "dtype"}
+    size: Any = options.pop("size")
+    value = value_of(p.node)
+    with value.fake_mode:
+        return p.build(p.node.target, [*size, 2], dtype=REAL[value.dtype], **options)  # type: ignore[arg-type]
+
+
+def _copied(p: Pairs) -> Node:
+    """`copy_` into a complex tensor."""
+    return p.build(aten.copy_.default, p.pair(p.node.args[0]), p.pair(p.node.args[1]))
+
+
+def _gather(p: Pairs) -> Node:
+    """The same index for both parts."""
+    source, dim, index = (p.given[name] for name in ("self", "dim", "index"))
+    both = p.build(aten.stack.default, [index, index], -1)
+    return p.build(aten.gather.default, p.pair(source), int(dim) % p.rank(), both)
 
 
 def _item(p: Pairs) -> Node:
@@ -289,6 +310,10 @@ RULES: dict[Any, Rule] = {
     aten.ones_like.default: _filled,
     aten.zeros_like.default: _filled,
     aten.lift_fresh_copy.default: _same,
+    aten.zeros.default: _made,
+    aten.empty.memory_format: _made,
+    aten.copy_.default: _copied,
+    aten.gather.default: _gather,
     operator.getitem: _item,
 }
 for _name in MOVES:

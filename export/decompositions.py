@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch.fx import Node
 
 from quantempo.export.complex_pairs import real_pairs
 from quantempo.export.fx_edit import Builder, Rewrite, aten, is_tensor, rewrite, value_of
+from quantempo.export.higher_order import inline_regions
 
 
 def decompose(program: ExportedProgram) -> None:
     """Apply all rules, in place."""
+    inline_regions(program)
     real_pairs(program)
     rewrite(program, RULES)
 
@@ -85,6 +88,47 @@ def _sort(node: Node, build: Builder) -> Node | None:
     return build(aten.sort.default, given["self"], dim, descending)
 
 
+def _argsort(node: Node, build: Builder) -> Node | None:
+    """`argsort`: the second result of a sort."""
+    given = dict(zip(("self", "dim", "descending"), node.args, strict=False)) | dict(node.kwargs)
+    source = given["self"]
+    if _is_bool(source):
+        source = build(aten.to.dtype, source, torch.int32)  # truth values have no order in ONNX
+    ordered = build(aten.sort.default, source, given.get("dim", -1), given.get("descending", False))
+    return build(operator.getitem, ordered, 1)
+
+
+def _index(node: Node, build: Builder) -> Node | None:
+    """ONNX's indices are 64 bits wide; torch takes 32 as well."""
+    names = ("self", "indices", "values", "accumulate")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    places = given.pop("indices")
+    if not any(is_tensor(place) and value_of(place).dtype == torch.int32 for place in places):
+        return None
+    wide = [
+        build(aten.to.dtype, place, torch.int64) if is_tensor(place) and value_of(place).dtype == torch.int32 else place
+        for place in places
+    ]
+    return build(node.target, given.pop("self"), wide, *given.values())  # type: ignore[arg-type]
+
+
+def _cat(node: Node, build: Builder) -> Node | None:
+    """Joining with nothing: engines refuse to reshape empty tensors, which the model's Python made for a case of it."""
+    parts: Any = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    sizes = [value_of(part).shape for part in parts]
+    kept = [part for part, size in zip(parts, sizes, strict=True) if not (len(size) and _nothing(size[dim]))]
+    if len(kept) in (0, len(parts)):
+        return None
+    result = kept[0] if len(kept) == 1 else build(aten.cat.default, kept, dim)
+    wanted = value_of(node).dtype
+    return build(aten.to.dtype, result, wanted)  # an empty part may have had a wider type
+
+
+def _nothing(size: Any) -> bool:
+    return isinstance(size, int) and size == 0
+
+
 def _einsum(node: Node, build: Builder) -> Node | None:
     """Torch promotes operands of different types; ONNX's Einsum takes one type."""
     operands: Any = node.args[1]
@@ -103,5 +147,10 @@ RULES: Mapping[Any, Rewrite] = {
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.sort.stable: _sort,
+    aten.argsort.default: _argsort,
+    aten.argsort.stable: _argsort,
+    aten.cat.default: _cat,
+    aten.index.Tensor: _index,
+    aten.index_put.default: _index,
     aten.einsum.default: _einsum,
 }

@@ -29,6 +29,7 @@ from quantempo.export.families import Family, family_of
 from quantempo.export.families.adapters import load_adapters
 from quantempo.export.families.base import single
 from quantempo.export.families.unet2d_condition import CONTROL_CLASS, ControlledUNet
+from quantempo.export.flex_attention import plain_flex_attention
 from quantempo.export.passes import normal_form, run_passes
 from quantempo.export.sites import find_sites
 from quantempo.export.source import ModelSource, weight_files
@@ -176,11 +177,23 @@ def _attempts(module: nn.Module, family: Family, name: str) -> tuple[Family, ir.
         raise
     except ExportError as error:
         # Python that looks at contents cannot be traced; running the model tells whether that is the reason.
-        special = specialised(module, family, (example, family.examples()[1]))
+        special = _answered(module, family, (example, family.examples()[1]))
         if special is None:
             raise
         logger.info("%s: traced for the example's contents, since %s", family.class_name, error.found)
         return special, attempt(special)
+
+
+def _answered(module: nn.Module, family: Family, sets: Sequence[Arrays]) -> Family | None:
+    """`specialised`; `None` too where the model cannot be run while its questions are noted."""
+    try:
+        with tracing_context():
+            return specialised(module, family, sets)
+    except ExportError:
+        raise
+    except Exception as error:
+        logger.info("%s: cannot be run on the example: %s", family.class_name, first_line(error))
+        return None
 
 
 def _refuse_training(module: nn.Module) -> None:
@@ -319,6 +332,7 @@ def plain_attention(module: nn.Module) -> None:
 def tracing_context() -> Iterator[None]:
     """Attention in diffusers by torch's own operator, whatever the environment asks for."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(plain_flex_attention())
         try:
             from diffusers.models.attention_dispatch import attention_backend
         except ImportError:  # before diffusers 0.35
@@ -368,10 +382,10 @@ def verify(
     worst = 0.0
     for index, feed in enumerate(feeds):
         # A graph with a fixed batch takes the first rows; a sample does not depend on those beside it.
-        taken = {spec.name: np.array(_first_rows(feed[spec.name], spec)) for spec in graph.inputs}
+        taken = {spec.name: np.array(first_rows(feed[spec.name], spec)) for spec in graph.inputs}
         wanted, found = reference(feed), run(graph.path, taken)
         for spec in graph.outputs:
-            error = relative_error(found[spec.name], _first_rows(wanted[spec.name], spec))
+            error = relative_error(found[spec.name], first_rows(wanted[spec.name], spec))
             if not error <= tolerance:
                 raise ExportError(
                     f"graph {graph.path.name}, output {spec.name!r}, input set {index}",
@@ -383,8 +397,9 @@ def verify(
     return worst
 
 
-def _first_rows(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
-    return array[: spec.shape[0]] if spec.shape and isinstance(spec.shape[0], int) else array
+def first_rows(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+    """The part of an array that a graph with a fixed batch takes or returns: the first samples."""
+    return array[tuple(slice(size if isinstance(size, int) else None) for size in spec.shape)]
 
 
 def verify_denoiser(graph: FloatGraph, module: nn.Module, family: Family, run: Run) -> float:

@@ -115,7 +115,9 @@ class Family:
     @property
     def kept_channels(self) -> int | None:
         """How many channels of the prediction stay; `None` for all."""
-        return self.sample_shape[0] if self.output_channels not in (None, self.sample_shape[0]) else None
+        if self.output_channels is None or self.output_channels == self.sample_shape[0]:
+            return None
+        return self.sample_shape[0]
 
     def denoiser(self) -> Denoiser:
         """The manifest's description of a float graph."""

@@ -44,7 +44,39 @@ def outer(self, x, mask):
     return torch.einsum("bn,d->bnd", x, torch.arange(3.0).double()).flatten(1).float()
 
 
+def gathered(self, x, mask):
+    """A table filled in place, then rows of it taken by index."""
+    table = torch.zeros(2, 4, dtype=torch.complex64)
+    table[0, :4] = self.table
+    table[1, 1:] = self.table[:3]
+    index = (x[:, :2] > 0).long()[:, :, None].expand(-1, -1, 4)
+    rows = table[None].expand(x.shape[0], -1, -1).gather(1, index)
+    return torch.view_as_real(rows).flatten(1) * x.sum(1, keepdim=True)
+
+
+def without_autocast(self, x, mask):
+    with torch.amp.autocast("cuda", enabled=False):
+        pairs = torch.view_as_complex(x.reshape(-1, 4, 2)) * self.table
+        turned, half = torch.view_as_real(pairs).flatten(1), x * 0.5
+    with torch.no_grad():
+        return turned + half
+
+
+def narrow_index(self, x, mask):
+    return x[:, torch.tensor([3, 0, 3], dtype=torch.int32)]
+
+
+def placed(self, x, mask):
+    """Where each value stands in the order: a permutation and its inverse."""
+    return (x.argsort(-1).argsort(-1) * x + mask.argsort(dim=-1, descending=True, stable=True)).float()
+
+
 CASES = {
+    "complex rows by index": gathered,
+    "regions without autocast": without_autocast,
+    "index of 32 bits": narrow_index,
+    "argsort": placed,
+    "joining with nothing": lambda self, x, mask: torch.cat([x[:, 8:].reshape(x.shape[0], -1), x, x[:, :0]], 1),
     "rotary embedding": rotate,
     "moves and parts": rearranged,
     "polar and complex": polar,
@@ -74,3 +106,14 @@ def test_complex_operation_without_a_rule_is_named():
     inputs = TensorSpec("x", "float32", ("batch", 8)), TensorSpec("mask", "bool", ("batch", 8))
     with pytest.raises(ExportError, match=r"operation aten(?s:.*)complex numbers"):
         capture(module, (torch.randn(2, 8), torch.rand(2, 8) > 0.5), inputs, (TensorSpec("y", "float32", ()),))
+
+
+def test_autocast_that_is_on_is_refused():
+    def half(self, x, mask):
+        with torch.amp.autocast("cpu", torch.bfloat16):
+            return x @ torch.ones(8, 8)
+
+    inputs = TensorSpec("x", "float32", ("batch", 8)), TensorSpec("mask", "bool", ("batch", 8))
+    args = torch.randn(2, 8), torch.rand(2, 8) > 0.5
+    with pytest.raises(ExportError, match=r"autocast: found a region in half precision(?s:.*)forward"):
+        capture(Call(half).eval(), args, inputs, (TensorSpec("y", "float32", ()),))

@@ -11,7 +11,7 @@ from support import families, tiny_models
 from support.onnxruntime_run import run
 
 from quantempo.errors import ExportError, UnsupportedModel
-from quantempo.export.families import FamilyContext, family_of, flux
+from quantempo.export.families import FamilyContext, family_of, flux, wan
 from quantempo.export.families.unet2d_condition import build
 from quantempo.export.source import ModelParts, open_source
 from quantempo.export.trace import load_denoiser, trace_module, verify_denoiser
@@ -115,6 +115,16 @@ def test_size_counts_in_pixels_of_the_vae():
     assert source.size == (8, 12)
     with pytest.raises(UnsupportedModel, match=r"multiples of 2 pixels(?s:.*)16x16"):
         open_source(tiny_models.dit_pipeline(), None, ModelParts("15x16"))
+
+
+def test_short_prompts_are_refused_where_wan_counts_them():
+    config = {**families.WAN, "image_dim": 16, "added_kv_proj_dim": 32}
+    built = wan.build(config, FamilyContext(size=(3, 8, 8)))
+    assert [(a.name, a.shape) for a in built.arrays] == [
+        ("encoder_hidden_states", (512, 24)), ("encoder_hidden_states_image", (257, 16)),
+    ]  # fmt: skip
+    with pytest.raises(UnsupportedModel, match=r"prompts of 6 tokens(?s:.*)leave --tokens out"):
+        wan.build(config, FamilyContext(tokens=6, size=(3, 8, 8)))
 
 
 def test_two_experts_are_found():

@@ -79,7 +79,9 @@ class Entry:
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model in evaluation mode, every parameter drawn anew (layers that start at zero would hide the rest)."""
-        model: nn.Module = find_class(self.class_name, self.module)(**self.config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: nn.Module = find_class(self.class_name, self.module)(**self.config)
         randomize(model, seed)
         return model.eval()
 

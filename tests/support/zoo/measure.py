@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from quantempo.engines.registry import open_engine
 from quantempo.export.families import Family, family_of_example
 from quantempo.export.graph_files import load_graph, write_graphs
 from quantempo.export.sites import PlanOptions, default_plan
-from quantempo.export.trace import FloatGraph, torch_reference, trace_module, verify_denoiser
+from quantempo.export.trace import FloatGraph, first_rows, torch_reference, trace_module, verify_denoiser
 from quantempo.export.variants import cut_variants
 from quantempo.export.weights import quantize_weights
 from quantempo.stages.cache_cuts import default_cuts
@@ -102,21 +103,21 @@ def _measure(entry: Entry, folder: Path, finding: Finding) -> None:
     plan = default_plan(model, graph.digest, PlanOptions(smallest=1), graph.sites)
     finding.quantized, finding.kept = len(plan.quantized()), len(plan.kept())
     finding.stage = "calibrate"
-    table, weights = calibrate(calibration_calls(entry, module, keys_of(family)), graph, model, plan)
+    table, weights = calibrate(calibration_calls(entry, module, keys_of(family), graph), graph, model, plan)
     finding.groups = table.partition.groups
     finding.stage = "lower"
     lowered = lower_graphs(model, plan, table, weights, tuple(ENGINES.values()))
     written = write_graphs(folder, lowered)
     reference = torch_reference(module, family)
     calls = held_out(entry, module, family)
-    wanted = [next(iter(reference(call).values())) for _, call in calls]
-    given = {spec.name for spec in graph.inputs}
+    (output,) = graph.outputs
+    wanted = [first_rows(reference(call)[output.name], output) for _, call in calls]
     causes = []
     for engine, dialect in ENGINES.items():
         finding.stage = f"INT8 on {engine}"
         try:
             path = folder / written[f"full.{dialect}"].file
-            feeds = [(table.partition.group_of(key), only(call, given)) for key, call in calls]
+            feeds = [(table.partition.group_of(key), taken(call, graph)) for key, call in calls]
             finding.sqnr_db[engine] = round(worst_sqnr(engine, path, feeds, wanted), 1)
         except Exception as error:
             causes.append(f"{finding.stage}: {type(error).__name__}: {first_line(error)}")
@@ -131,6 +132,8 @@ def _measure(entry: Entry, folder: Path, finding: Finding) -> None:
 def warm_up() -> None:
     """Let the exporter read its tables, which it does on its first use."""
     torch.onnx.export(nn.Linear(2, 2), (torch.zeros(2, 2),), dynamo=True, verbose=False)
+    for library in ("onnxruntime", "openvino"):
+        importlib.import_module(library)
 
 
 def run_ort(path: Path, feeds: Arrays) -> Arrays:
@@ -178,9 +181,9 @@ def at_timestep(feeds: Arrays, key: float) -> dict[str, NDArray[Any]]:
     return {**feeds, TIMESTEP: np.full_like(feeds[TIMESTEP], key)}
 
 
-def only(feeds: Arrays, names: set[str]) -> dict[str, NDArray[Any]]:
-    """The feeds that a graph takes; tracing pins inputs whose contents steer Python."""
-    return {name: array for name, array in feeds.items() if name in names}
+def taken(feeds: Arrays, graph: FloatGraph) -> Arrays:
+    """The feeds that a graph takes: inputs whose contents steer Python are pinned, and the batch may be fixed."""
+    return {spec.name: np.array(first_rows(feeds[spec.name], spec)) for spec in graph.inputs}
 
 
 def drawn(entry: Entry, module: nn.Module, seed: int, batch: int = 0) -> Arrays:
@@ -190,12 +193,15 @@ def drawn(entry: Entry, module: nn.Module, seed: int, batch: int = 0) -> Arrays:
     return family_of_example(module, sets, **entry.family).examples()[0]
 
 
-def calibration_calls(entry: Entry, module: nn.Module, keys: Sequence[float]) -> list[tuple[float, Arrays]]:
+def calibration_calls(
+    entry: Entry, module: nn.Module, keys: Sequence[float], graph: FloatGraph
+) -> list[tuple[float, Arrays]]:
     """(timestep, inputs): one large call at each timestep, or many small ones where the batch is fixed."""
-    fixed, _ = entry.batches
-    if fixed != entry.batches[1]:
+    (output,) = graph.outputs
+    if isinstance(output.shape[0], str):
         return [(key, at_timestep(drawn(entry, module, 10 + i, ROWS), key)) for i, key in enumerate(keys)]
-    draws = [at_timestep(drawn(entry, module, 10 + i), 0) for i in range(ROWS // fixed)]
+    fixed = entry.batches[0] if entry.batches[0] == entry.batches[1] else 1
+    draws = [drawn(entry, module, 10 + i) for i in range(ROWS // fixed)]
     return [(key, at_timestep(feeds, key)) for key in keys for feeds in draws]
 
 
@@ -217,7 +223,7 @@ def calibrate(
     engine = open_engine("ort", graph.path, EngineOptions(threads=1, extra_outputs=inner))
     try:
         for key, inputs in calls:
-            feeds = only(inputs, given)
+            feeds = taken(inputs, graph)
             outputs = engine.run(feeds)
             taps = {name: feeds[name] if name in given else outputs[name] for name in plan.scaled_tensors()}
             collector.observe(key, taps, seeds=range(ROWS))

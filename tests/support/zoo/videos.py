@@ -8,6 +8,8 @@ import torch
 from support.zoo.entry import Draw, Entry, Inputs
 
 FRAMES = 3
+WAN_TEXT = 512
+"""The prompt length by which Wan's attention tells text from image tokens."""
 
 
 def video(draw: Draw, channels: int = 4, width: int = 16, frames: int = FRAMES) -> Inputs:
@@ -155,7 +157,8 @@ def minimax(draw: Draw) -> Inputs:
 def animate(draw: Draw) -> Inputs:
     """Frames: one reference and two driven latents, that is eight driving face images."""
     return {
-        **video(draw, channels=12), "encoder_hidden_states_image": draw.normal(4, 16),
+        **video(draw, channels=12), "encoder_hidden_states": draw.normal(WAN_TEXT, 16),
+        "encoder_hidden_states_image": draw.normal(4, 16),
         "pose_hidden_states": draw.normal(4, 2, 8, 8), "face_pixel_values": draw.normal(3, 5, 16, 16),
     }
 
@@ -165,7 +168,10 @@ def vace(draw: Draw) -> Inputs:
 
 
 def image_conditioned(draw: Draw) -> Inputs:
-    return {**video(draw), "encoder_hidden_states_image": draw.normal(4, 16)}
+    return {
+        **video(draw), "encoder_hidden_states": draw.normal(WAN_TEXT, 16),
+        "encoder_hidden_states_image": draw.normal(4, 16),
+    }
 
 
 def kandinsky5(draw: Draw) -> Inputs:
