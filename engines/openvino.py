@@ -258,7 +258,7 @@ class OpenVinoEngine(HostEngine):
         except Exception as error:
             raise _refusal(name, "a graph that OpenVINO opens", error) from error
         structure = read_graph(graph)
-        inputs = {p.get_any_name(): _spec(name, p, structure, p.get_any_name()) for p in self._model.inputs}
+        inputs = {n: _spec(name, p, structure, n) for p in self._model.inputs for n in [_name(p, structure)]}
         outputs = {n: _spec(name, _port(self._model, n), structure, n) for n in structure.outputs}
         for wanted, port in zip(options.extra_outputs, added, strict=True):
             outputs[wanted] = _spec(name, port, structure, wanted)
@@ -334,6 +334,12 @@ class OpenVinoEngine(HostEngine):
     def _release(self) -> None:
         self._compiled.clear()
         self._model = None
+
+
+def _name(port: Any, structure: OnnxGraph) -> str:
+    """An input's name in the file: one that is read through copies alone has the names of the copies too."""
+    names = port.get_names()
+    return next((name for name in structure.inputs if name in names), str(port.get_any_name()))
 
 
 def _port(model: Any, name: str) -> Any:

@@ -60,14 +60,19 @@ def untraceable(wrapper: nn.Module, error: BaseException) -> ExportError:
     if foreign:
         cause = f"attention processors that are not diffusers' own: {', '.join(foreign)}"
         remedy = "set diffusers' own with set_default_attn_processor() or set_attn_processor(...)"
-    elif "code specialized it to be a constant" in str(error):
+    elif "code specialized it to be a constant" in str(error) or _counts_batch(error):
         kind = BatchLoop
-        cause = "the model's Python loops over the samples of a batch"
+        cause = "the model's Python loops over the samples of a batch, or computes with their number"
         remedy = "give two example sets of equal batch size, so that the batch is fixed"
     return kind(
         f"tracing {type(denoiser).__name__}", found=f"{type(error).__name__}: {first_line(error)}",
         wanted="a graph", cause=cause, remedy=remedy + "; the full error is the one above in the traceback",
     )
+
+
+def _counts_batch(error: BaseException) -> bool:
+    """Whether Python did with a symbolic size what it can do with numbers alone."""
+    return isinstance(error, (TypeError, AttributeError)) and any(word in str(error) for word in ("SymInt", "SymFloat"))
 
 
 def foreign_processors(module: nn.Module) -> tuple[str, ...]:

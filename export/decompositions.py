@@ -14,6 +14,7 @@ from torch.fx import Node
 from quantempo.export.complex_pairs import real_pairs
 from quantempo.export.fx_edit import Builder, Rewrite, aten, is_tensor, rewrite, value_of
 from quantempo.export.higher_order import inline_regions
+from quantempo.export.masked_assignment import masked_assignment
 
 
 def decompose(program: ExportedProgram) -> None:
@@ -112,6 +113,12 @@ def _index(node: Node, build: Builder) -> Node | None:
     return build(node.target, given.pop("self"), wide, *given.values())  # type: ignore[arg-type]
 
 
+def _index_put(node: Node, build: Builder) -> Node | None:
+    """Writing to places: a choice where a mask says which."""
+    made = masked_assignment(node, build)
+    return _index(node, build) if made is None else made
+
+
 def _cat(node: Node, build: Builder) -> Node | None:
     """Joining with nothing: engines refuse to reshape empty tensors, which the model's Python made for a case of it."""
     parts: Any = node.args[0]
@@ -151,6 +158,7 @@ RULES: Mapping[Any, Rewrite] = {
     aten.argsort.stable: _argsort,
     aten.cat.default: _cat,
     aten.index.Tensor: _index,
-    aten.index_put.default: _index,
+    aten.index_put.default: _index_put,
+    aten.index_put_.default: _index_put,
     aten.einsum.default: _einsum,
 }

@@ -72,8 +72,10 @@ class NameValues(GraphPass):
 
 
 def is_site(node: ir.Node) -> bool:
-    """Whether the node is a product with a stored weight."""
-    return node.op_type in SITE_OPS and len(node.inputs) == 2 and is_initializer(node.inputs[1])
+    """Whether the node is the product of a computed tensor and a stored weight."""
+    if node.op_type not in SITE_OPS or len(node.inputs) != 2:
+        return False
+    return is_initializer(node.inputs[1]) and not is_initializer(node.inputs[0])
 
 
 def _wishes(graph: ir.Graph) -> dict[ir.Value, str]:
