@@ -327,9 +327,18 @@ class OpenVinoEngine(HostEngine):
             if sizes is not None and any(spec.resolve(dict(sizes)) != spec.shape for spec in self.inputs.values()):
                 model = model.clone()
                 model.reshape({name: list(spec.resolve(dict(sizes))) for name, spec in self.inputs.items()})
-            return _core().compile_model(model, "CPU", self.properties())
+            return self._compile_model(model)
         except Exception as error:
             raise _refusal(self.name, "a graph that OpenVINO compiles", error) from error
+
+    def _compile_model(self, model: Any) -> Any:
+        """The compiled model; without OpenVINO's fusion of elementwise chains where that has too few registers."""
+        try:
+            return _core().compile_model(model, "CPU", self.properties())
+        except RuntimeError as error:
+            if "snippets" not in str(error):
+                raise
+            return _core().compile_model(model, "CPU", {**self.properties(), "SNIPPETS_MODE": "DISABLE"})
 
     def _release(self) -> None:
         self._compiled.clear()

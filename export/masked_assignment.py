@@ -30,9 +30,10 @@ def masked_assignment(node: Node, build: Builder) -> Node | None:
         return None
     made = target
     for step in reversed(chain):
-        step.target = FUNCTIONAL.get(step.target, step.target)  # what it would change in place is a copy
-        if step.target is not aten.index.Tensor:
-            made = build(step.target, made, *step.args[1:], **step.kwargs)
+        kind: Any = FUNCTIONAL.get(step.target, step.target)
+        step.target = kind  # what it would change in place is a copy
+        if kind is not aten.index.Tensor:
+            made = build(kind, made, *step.args[1:], **step.kwargs)
     if not chain:
         made = given["values"]
     wide = mask

@@ -372,10 +372,13 @@ def _with_result(module: nn.Module, family: Family, leaves: Sequence[Leaf]) -> F
 
     wrapper = family.wrap(module)
     shapes, batches = [], []
-    for feeds in family.sets:
+    for number, feeds in enumerate(family.sets):
         with torch.no_grad():
             args = [torch.from_numpy(np.array(feeds[spec.name])) for spec in family.inputs()]
-            shapes.append(tuple(map(int, wrapper(*args)[0].shape)))
+            try:
+                shapes.append(tuple(map(int, wrapper(*args)[0].shape)))
+            except Exception as error:
+                raise _cannot_run(family, number, error) from error
         batches.append(next((len(feeds[s.name]) for s in family.inputs() if s.shape[:1] == (BATCH,)), 0))
     shape = _shape(
         f"prediction of {family.class_name}", torch.empty(shapes[0], device="meta"),
@@ -386,6 +389,18 @@ def _with_result(module: nn.Module, family: Family, leaves: Sequence[Leaf]) -> F
     return dataclasses.replace(
         family, sample_shape=tuple(d for d in sample[1:] if isinstance(d, int)),
         border=(family.border[0], TensorSpec(PREDICTION, "float32", shape)),
+    )
+
+
+def _cannot_run(family: Family, number: int, error: Exception) -> ExportError:
+    """The error for an example call that the module itself refuses."""
+    words = " ".join(str(error).split())[:200]
+    return ExportError(
+        f"example inputs of {family.class_name}, set {number}", found=f"{type(error).__name__}: {words}",
+        wanted="arguments that forward runs on",
+        cause="Python values are those of set 0, such as a list with an entry per sample" if number
+        else "an argument is missing or has another shape than the model's configuration asks for",
+        remedy="give two sets of equal batch size" if number else "call the model with these arguments by itself first",
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import onnx_ir as ir
 
 from quantempo.export.passes.base import GraphPass, Violation
 from quantempo.export.passes.edit import MODULE
 
+BATCH_SIZE = re.compile(r"(\d+\*)?(?:s\d+|batch)")
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -41,15 +43,15 @@ class KeepModulePaths(GraphPass):
         value.doc_string = None
         if value.shape is None:
             return
-        dims: list[int | str | None] = []
-        for dim in value.shape:
-            if isinstance(dim, int) or dim.value is None:
-                dims.append(dim if isinstance(dim, int) else None)
-            else:
-                # The exporter names the one dynamic dimension by a counter.
-                factor, star, _ = str(dim.value).rpartition("*")
-                dims.append(factor + star + self._batch)
-        value.shape = ir.Shape(dims)
+        value.shape = ir.Shape([dim if isinstance(dim, int) else self._size(dim.value) for dim in value.shape])
+
+    def _size(self, name: str | None) -> str | None:
+        """A size by the batch's name; `None` for one that depends on contents, which the exporter calls u0, u1, ...
+
+        The exporter names the one dynamic dimension by a counter: s0, 2*s77.
+        """
+        found = BATCH_SIZE.fullmatch(name or "")
+        return None if found is None else (found[1] or "") + self._batch
 
     def ensures(self, model: ir.Model) -> None:
         for node in model.graph:

@@ -232,6 +232,36 @@ def test_weights_behind_a_link_are_refused(toy: Toy, tmp_path: Path) -> None:
         openvino.open_engine(tmp_path / "float.onnx", ONE)
 
 
+def test_an_input_has_the_name_of_the_file_where_copies_of_it_have_others(tmp_path: Path) -> None:
+    maker = GraphMaker({"x": ("batch", 8), "zz": ("batch", 8)})
+    copy = maker.op("Identity", [maker.inputs["zz"]], "a copy")
+    write_graphs(tmp_path, {"g": maker.model(maker.op("Add", [maker.inputs["x"], copy], "sum"))})
+    given = {"x": np.ones((2, 8), np.float32), "zz": np.full((2, 8), 2, np.float32)}
+    engine = open_engine("openvino", tmp_path / "g.onnx", ONE)
+    assert set(engine.inputs) == {"x", "zz"}
+    assert next(iter(engine.run(given).values())).tolist() == [[3.0] * 8] * 2
+
+
+def test_a_chain_that_openvino_has_too_few_registers_for_is_not_fused(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, asked = openvino._core(), []
+
+    class Short:
+        def __getattr__(self, name: str) -> object:
+            return getattr(core, name)
+
+        def compile_model(self, model: object, device: str, properties: dict[str, object]) -> object:
+            asked.append(properties.get("SNIPPETS_MODE"))
+            if asked[-1] is None:
+                raise RuntimeError("failed at src/common/snippets/src/lowered/pass/assign_registers.cpp")
+            return core.compile_model(model, device, properties)
+
+    monkeypatch.setattr(openvino, "_core", lambda: Short())
+    assert open_engine("openvino", toy.file("float"), ONE).run(data(0))
+    assert asked == [None, "DISABLE"]
+
+
 def test_a_closed_engine_says_so(toy: Toy) -> None:
     engine = open_engine("openvino", toy.file("float"), ONE)
     binding = engine.bind({"batch": 1})

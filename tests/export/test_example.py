@@ -89,6 +89,18 @@ def test_arguments_that_forward_does_not_take_are_refused(change, words):
         family_of_example(Nested().eval(), [change(nested_call(2)), change(nested_call(3))])
 
 
+def test_call_that_the_module_itself_refuses_is_explained():
+    def per_sample(self, sample, timestep, places):
+        return (torch.stack([sample[i, places[i]] @ self.weight for i in range(len(sample))]),)
+
+    sets = [{"sample": normal(b, b, 5, 4), "timestep": torch.rand(b), "places": [0] * b} for b in (2, 3)]
+    with pytest.raises(ExportError, match=r"of Net, set 1: found IndexError(?s:.*)two sets of equal batch size"):
+        family_of_example(build(per_sample), sets)
+    wrong = [{**nested_call(b), "hidden_states": normal(b, b, 5, 3)} for b in (2, 3)]
+    with pytest.raises(ExportError, match=r"of Nested, set 0: found RuntimeError(?s:.*)by itself first"):
+        family_of_example(Nested().eval(), wrong)
+
+
 def test_size_one_on_a_dynamic_axis_is_refused():
     with pytest.raises(ExportError, match=r"size 1 on a dynamic axis(?s:.*)batches of 2 and 3"):
         family_of_example(Nested().eval(), [nested_call(1), nested_call(3)])

@@ -169,6 +169,6 @@ ENTRIES = (
         ideogram,
     ),
     Entry("JoyImageEditTransformer3DModel", JOY, joy),
-    Entry("JoyImageEditPlusTransformer3DModel", JOY, joy_plus),
+    Entry("JoyImageEditPlusTransformer3DModel", JOY, joy_plus, batches=(2, 2)),
 )
 """Transformers that take tokens and where they are."""
