@@ -3,11 +3,15 @@
     python benchmarks/compile_cost.py --json docs/compile_cost.json          # DiT-XL/2, 675 million random weights
     python benchmarks/compile_cost.py --layers 4                             # a quick look
 
-Compiles a DiT with random weights on 2 samples of 4 steps in a process of its own, export included, and reads the
-process's anonymous resident memory (RssAnon of /proc) twenty times a second; weights that are mapped from files do not
-count.  Then the float reference samples the same trajectories on the same engine, and the two times are compared, the
-opening of the engine included in both: in CPU seconds of one thread, which other work on the machine hardly changes,
-and in seconds by the clock.  With `--place` the model and the results of stages stay for another run.
+Compiles a DiT with random weights on 2 samples of 4 steps in processes of their own, export included, and reads their
+anonymous resident memory (RssAnon of /proc) twenty times a second; weights that are mapped from files do not count.
+The float model samples the same trajectories on the same engine, and the two times are compared, the opening of the
+engine included in both: in CPU seconds of one thread, which other work on the machine hardly changes, and in seconds by
+the clock.  The scan that finds the scales of attention runs as many trajectories again; it is compared in CPU seconds.
+
+With `--place` everything stays in a folder, and the work can be done in parts: `prepare` makes and traces the model,
+`time` calibrates and samples, and wants the machine for itself, `rest` goes on to the end.  What a stage cost is kept
+there as soon as it has run.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,12 +51,23 @@ def cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def peak_by_stage(words: list[str]) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
-    """Run a compile; peak anonymous bytes, seconds and CPU seconds of each stage."""
+class Costs:
+    """What each stage cost when it last ran, in a file that further parts go on with."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def put(self, what: str, name: str, value: float) -> None:
+        """Keep a figure."""
+        self.data.setdefault(what, {})[name] = value
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def compiled(words: list[str], costs: Costs, until: str = "") -> None:
+    """Run a compile, to the end of a stage or to its own end; what its stages cost goes to `costs`."""
     peaks: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    cpu: dict[str, float] = {}
-    stage = ["before"]
+    stage = ["between"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
     def watch() -> None:
@@ -67,23 +83,29 @@ def peak_by_stage(words: list[str]) -> tuple[dict[str, int], dict[str, float], d
     watcher = threading.Thread(target=watch)
     watcher.start()
     assert process.stderr is not None
-    rest = []
+    rest, stopped = [], False
     for line in process.stderr:
         if not line.startswith("{"):
             rest.append(line)
             continue
         event = json.loads(line)
+        name = event.get("stage", "")
         if event["event"] == "start":
-            stage[0] = event["stage"]
-            cpu[event["stage"]] = -cpu_seconds(process.pid)
+            stage[0], used = name, cpu_seconds(process.pid)
         elif event["event"] == "end":
-            cpu[event["stage"]] += cpu_seconds(process.pid)
-            seconds[event["stage"]] = event["seconds"]
+            costs.put("cpu_seconds", name, round(cpu_seconds(process.pid) - used, 2))
+            costs.put("seconds", name, event["seconds"])
+            costs.put("peak_anonymous_bytes", name, peaks.get(name, 0))
             stage[0] = "between"
+        if name == until and event["event"] in ("end", "reused"):
+            process.terminate()
+            stopped = True
+            break
+    process.stderr.close()
     watcher.join()
-    if process.wait():
+    costs.put("between", until or "end", peaks.get("between", 0))
+    if process.wait() and not stopped:
         raise SystemExit("".join(rest))
-    return peaks, seconds, cpu
 
 
 def plain_sampling(bundle: Path, threads: int) -> tuple[float, float]:
@@ -102,36 +124,70 @@ def plain_sampling(bundle: Path, threads: int) -> tuple[float, float]:
         return time.perf_counter() - started, time.process_time() - used
 
 
-def measure(args: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Everything, in processes of its own."""
-    me = [sys.executable, str(Path(__file__).resolve())]
+def prepare(args: argparse.Namespace, place: Path, costs: Costs) -> None:
+    """Make the model, trace it, and write its float bundle."""
     if not (place / "model").is_dir():
+        me = [sys.executable, str(Path(__file__).resolve())]
         subprocess.run([*me, "--make", str(place / "model"), "--layers", str(args.layers)], check=True)
-    weights = sum(p.stat().st_size for p in (place / "model").glob("*.safetensors"))
+    compiled(compile_words(args, place, "bundle"), costs, until="plan")
+    words = compile_words(args, place, "float", "--dtype", "float32")
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def measure(args: argparse.Namespace, place: Path, costs: Costs) -> None:
+    """Calibrate, then sample the same trajectories with the float bundle."""
+    shutil.rmtree(place / "work" / "calibrate", ignore_errors=True)
+    compiled(compile_words(args, place, "bundle"), costs, until="calibrate")
+    me = [sys.executable, str(Path(__file__).resolve())]
+    plain = subprocess.run(
+        [*me, "--sample", str(place / "float"), "--threads", str(args.threads)], check=True, capture_output=True,
+        text=True,
+    )
+    seconds, cpu = json.loads(plain.stdout)
+    costs.put("seconds", "plain sampling", round(seconds, 2))
+    costs.put("cpu_seconds", "plain sampling", round(cpu, 2))
+
+
+def rest(args: argparse.Namespace, place: Path, costs: Costs) -> None:
+    """The compile from there to its end."""
+    compiled(compile_words(args, place, "bundle"), costs)
+
+
+PARTS = {"prepare": prepare, "time": measure, "rest": rest}
+
+
+def compile_words(args: argparse.Namespace, place: Path, out: str, *more: str) -> list[str]:
+    """The command line of a compile."""
     recipe = {
         "samples": SAMPLES, "batch": SAMPLES, "steps": [STEPS], "guidance": [GUIDANCE], "threads": args.threads,
-        "max_steps": 4, "classes": [1, 2],
+        "max_steps": STEPS, "classes": [1, 2],
     }
     (place / "recipe.json").write_text(json.dumps(recipe))
-    words = [sys.executable, "-m", "quantempo.cli", "compile", str(place / "model"), "-o", str(place / "bundle"),
-             "--scheduler", str(place / "model" / "scheduler"), "--recipe", str(place / "recipe.json"),
-             "--work", str(place / "work"), "--guard", args.guard, "--log", "json", "--overwrite"]  # fmt: skip
-    peaks, seconds, cpu = peak_by_stage(words)
-    plain = subprocess.run(
-        [*me, "--sample", str(place / "bundle" / "reference"), "--threads", str(args.threads)], check=True,
-        capture_output=True, text=True,
-    )
-    sampling, sampling_cpu = json.loads(plain.stdout)
-    return {
-        "layers": args.layers, "guard": args.guard, "weights_bytes": weights, "threads": args.threads,
-        "peak_anonymous_bytes": peaks, "seconds": seconds,
-        "cpu_seconds": {name: round(value, 2) for name, value in cpu.items()},
-        "memory_ratio": round(max(peaks.values()) / weights, 3),
-        "sampling_seconds": round(sampling, 2), "sampling_cpu_seconds": round(sampling_cpu, 2),
-        "time_ratio": round(seconds.get("calibrate", 0.0) / sampling, 3),
-        "cpu_time_ratio": round(cpu.get("calibrate", 0.0) / sampling_cpu, 3),
-        "command": f"python benchmarks/compile_cost.py --layers {args.layers} --threads {args.threads}",
+    return [sys.executable, "-m", "quantempo.cli", "compile", str(place / "model"), "-o", str(place / out),
+            "--scheduler", str(place / "model" / "scheduler"), "--recipe", str(place / "recipe.json"),
+            "--work", str(place / "work"), "--guard", args.guard, "--log", "json", "--overwrite", *more]  # fmt: skip
+
+
+def facts(args: argparse.Namespace, place: Path, costs: Costs) -> dict[str, Any]:
+    """What is known so far, with the ratios of what was measured."""
+    data = costs.data
+    weights = sum(p.stat().st_size for p in (place / "model").glob("*.safetensors"))
+    found: dict[str, Any] = {
+        "layers": args.layers, "guard": args.guard, "weights_bytes": weights, "threads": args.threads, **data,
+        "command": f"python benchmarks/compile_cost.py --layers {args.layers} --threads {args.threads} "
+        "--json docs/compile_cost.json",
     }
+    peaks = {**data.get("peak_anonymous_bytes", {}), **data.get("between", {})}
+    if peaks:
+        found["memory_ratio"] = round(max(peaks.values()) / weights, 3)
+    cpu, seconds = data.get("cpu_seconds", {}), data.get("seconds", {})
+    if "plain sampling" in cpu:
+        sampling = cpu["plain sampling"]
+        found["time_ratio"] = round(seconds["calibrate"] / seconds["plain sampling"], 3)
+        found["cpu_time_ratio"] = round(cpu["calibrate"] / sampling, 3)
+        if "ranges" in cpu:
+            found["cpu_time_ratio_with_scan"] = round((cpu["calibrate"] + cpu["ranges"]) / (2 * sampling), 3)
+    return found
 
 
 def main() -> None:
@@ -140,6 +196,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--guard", default="off", help="latency guard of the compile: off, record or revert")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--place", type=Path, help="folder to work in, which is kept")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
@@ -152,13 +209,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="quantempo-cost-") as folder:
         place = args.place or Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        facts = measure(args, place)
-    for stage, peak in facts["peak_anonymous_bytes"].items():
-        print(f"{stage:<10} {peak / 1e9:6.2f} GB {facts['seconds'].get(stage, 0):7.1f} s")
-    print(f"peak {facts['memory_ratio']} × the weights ({facts['weights_bytes'] / 1e9:.2f} GB); "
-          f"calibration {facts['cpu_time_ratio']} × sampling in CPU time, {facts['time_ratio']} × by the clock")
+        costs = Costs(place / "costs.json")
+        for part in args.parts:
+            PARTS[part](args, place, costs)
+        found = facts(args, place, costs)
+    for stage, peak in found["peak_anonymous_bytes"].items():
+        print(f"{stage:<10} {peak / 1e9:6.2f} GB {found['cpu_seconds'][stage]:7.1f} s of CPU")
+    print({name: value for name, value in found.items() if "ratio" in name})
     if args.json:
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

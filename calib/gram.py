@@ -7,7 +7,7 @@ spaced, so that collecting costs little beside the calls themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ from quantempo.contracts.tensor_file import map_tensors, write_tensors
 ROWS_PER_CALL = 256
 MAX_CHANNELS = 2048
 """Tensors with more channels are left out: their matrices would outweigh the model (32 MiB each at this size)."""
+PANEL = 192
+"""Rows of a panel: as small as products stay fast."""
 
 
 class GramCollector:
     """Sums `x xᵀ` per tensor over calls, in float64.
+
+    The matrices are symmetric.  What is worked out, held and written is the upper triangle, as panels of `PANEL` rows
+    from their diagonal to the right edge: little more than half of everything.
 
     Args:
         tensors: the tensors to watch; their last axis is the channel axis.
@@ -32,6 +37,7 @@ class GramCollector:
     def __init__(self, tensors: Iterable[str]) -> None:
         self._squares: dict[str, NDArray[np.float64]] = {}
         self._sums: dict[tuple[str, float], NDArray[np.float64]] = {}
+        self._products: dict[int, NDArray[np.float32]] = {}  # memory for one call's products, by channels
         self._tensors = tuple(sorted(tensors))
 
     def observe(self, key: float, taps: Mapping[str, NDArray[Any]]) -> None:
@@ -48,20 +54,42 @@ class GramCollector:
                 continue
             rows = values.reshape(-1, channels)
             # Ceiling division: the stride covers the whole call, so all its samples count alike.
-            chosen = rows[:: -(-len(rows) // ROWS_PER_CALL)]
-            product = (chosen.T @ chosen).astype(np.float64)
+            chosen = np.ascontiguousarray(rows[:: -(-len(rows) // ROWS_PER_CALL)], np.float32)
+            self._add_square(name, self._product(chosen))
             # Channel sums, and the number of rows behind them.
-            sums = np.append(chosen.sum(0, np.float64), float(len(chosen)))
-            self._squares[name] = self._squares[name] + product if name in self._squares else product
-            known = self._sums.get((name, key))
-            self._sums[name, key] = sums if known is None else known + sums
+            self._add_sums((name, key), np.append(chosen.sum(0, np.float64), float(len(chosen))))
+
+    def _product(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The panels of `rowsᵀ rows`, in memory that the next call writes again."""
+        channels = rows.shape[1]
+        panels = panels_of(channels)
+        if channels not in self._products:
+            self._products[channels] = np.empty(panels[-1][1].stop, np.float32)
+        product = self._products[channels]
+        for (start, stop), place in panels:
+            out = product[place].reshape(stop - start, channels - start)
+            np.matmul(rows[:, start:stop].T, rows[:, start:], out=out)
+        return product
+
+    def _add_square(self, name: str, panels: NDArray[Any]) -> None:
+        known = self._squares.get(name)
+        if known is None:
+            self._squares[name] = panels.astype(np.float64)
+        elif known.flags.writeable:
+            known += panels
+        else:  # still in the file that it was restored from
+            self._squares[name] = known + panels
+
+    def _add_sums(self, key: tuple[str, float], sums: NDArray[np.float64]) -> None:
+        known = self._sums.get(key)
+        self._sums[key] = sums if known is None else known + sums
 
     def add(self, other: GramCollector) -> None:
         """Add what another collector of the same tensors saw."""
         for name, square in other._squares.items():
-            self._squares[name] = self._squares[name] + square if name in self._squares else square
+            self._add_square(name, square)
         for key, sums in other._sums.items():
-            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+            self._add_sums(key, sums)
 
     def matrices(self, centres: ScaleTable | None = None) -> Mapping[str, NDArray[np.float64]]:
         """The sums by tensor, each worked out when it is asked for; tensors that were left out are not in it.
@@ -80,7 +108,7 @@ class GramCollector:
             keys = sorted(key for tensor, key in self._sums if tensor == name)
             specs[f"{name}|squares"] = ("float64", square.shape)
             specs[f"{name}|keys"] = ("float64", (len(keys),))
-            specs[f"{name}|sums"] = ("float64", (len(keys), len(square) + 1))
+            specs[f"{name}|sums"] = ("float64", (len(keys), len(self._sums[name, keys[0]])))
             arrays += [
                 partial(np.asarray, square), partial(np.array, keys, np.float64), partial(self._sums_of, name, keys)
             ]
@@ -104,6 +132,31 @@ class GramCollector:
                     self._sums[name, float(key)] = sums
 
 
+@cache
+def panels_of(channels: int) -> tuple[tuple[tuple[int, int], slice], ...]:
+    """Rows of each panel of a matrix, and the panel's place among the numbers that are held."""
+    found, at = [], 0
+    for start in range(0, channels, PANEL):
+        stop = min(start + PANEL, channels)
+        size = (stop - start) * (channels - start)
+        found.append(((start, stop), slice(at, at + size)))
+        at += size
+    return tuple(found)
+
+
+def whole(square: NDArray[np.float64], channels: int) -> NDArray[np.float64]:
+    """The symmetric matrix behind its panels."""
+    matrix = np.empty((channels, channels))
+    for (start, stop), place in panels_of(channels):
+        panel = square[place].reshape(stop - start, channels - start)
+        matrix[start:stop, start:] = panel
+        matrix[start:, start:stop] = panel.T
+        # Sums of the same products need not have the same last bit on both sides of the diagonal.
+        corner = np.triu(panel[:, : stop - start])
+        matrix[start:stop, start:stop] = corner + np.triu(corner, 1).T
+    return matrix
+
+
 class _Matrices(Mapping[str, NDArray[np.float64]]):
     """Matrices around the centres: one in memory at a time, as far as the reader lets go of them."""
 
@@ -114,15 +167,16 @@ class _Matrices(Mapping[str, NDArray[np.float64]]):
         self._squares, self._sums, self._centres = squares, sums, centres
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
-        found = self._squares[name]
+        keys = sorted(key for tensor, key in self._sums if tensor == name)
+        found = whole(self._squares[name], len(self._sums[name, keys[0]]) - 1)
         centres = self._centres
         centre = centres.of(name).centre if centres is not None and name in centres.tensors else None
         if centres is None or centre is None:
             return found
-        for key in sorted(key for tensor, key in self._sums if tensor == name):
+        for key in keys:
             row, sums = centre[centres.partition.group_of(key)].astype(np.float64), self._sums[name, key]
             cross = np.outer(sums[:-1], row)
-            found = found - cross - cross.T + sums[-1] * np.outer(row, row)
+            found += sums[-1] * np.outer(row, row) - cross - cross.T
         return found
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quantempo.contracts.engine import Binding, Buffer, dtype_of
 from quantempo.contracts.tensors import TensorSpec
-from quantempo.engines.shapes import check_array, check_names, check_sizes, shown, sizes_of
+from quantempo.engines.shapes import check_array, check_names, check_sizes, shared_misfit, sizes_of
 from quantempo.errors import EngineError
 
 Array = NDArray[Any]
@@ -80,11 +80,7 @@ def allocate(
             continue
         memory = other.memory if isinstance(other, HostBuffer) else other.array
         if memory.shape != shape or memory.dtype != dtype_of(spec):
-            raise EngineError(
-                f"{where}: shared buffer {name!r}", found=f"{memory.dtype} {shown(memory.shape)}",
-                wanted=f"{spec.dtype} {shown(shape)}", cause="the two graphs do not fit each other",
-                remedy="bind both with the same sizes",
-            )
+            raise shared_misfit(where, spec, shape, memory.dtype, memory.shape)
         buffers[name] = HostBuffer(spec, memory, where)
     return buffers
 

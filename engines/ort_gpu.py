@@ -26,7 +26,7 @@ from quantempo.engines import onnx_file, ort
 from quantempo.engines.cache import check_private
 from quantempo.engines.host import HostEngine
 from quantempo.engines.onnx_reader import read_graph
-from quantempo.engines.shapes import check_array, shown
+from quantempo.engines.shapes import check_array, shared_misfit
 from quantempo.engines.trt_profiles import Profile, choose, complete, input_shapes, parse_profile
 from quantempo.engines.trt_words import unknown_setting
 from quantempo.errors import EngineError, MissingExtra
@@ -283,9 +283,5 @@ def _buffer(
     if other is None:
         return OrtGpuBuffer(engine, spec, shape)
     if not isinstance(other, OrtGpuBuffer) or other.shape != shape or other.spec.dtype != spec.dtype:
-        raise EngineError(
-            f"{engine.name}: shared buffer {spec.name!r}", found=f"{other.spec.dtype} {shown(other.shape)}",
-            wanted=f"{spec.dtype} {shown(shape)} of this engine", cause="the two graphs do not fit each other",
-            remedy="bind both with the same sizes and engine",
-        )
+        raise shared_misfit(engine.name, spec, shape, other.spec.dtype, other.shape, "of this engine")
     return OrtGpuBuffer(engine, spec, shape, other.value)

@@ -40,6 +40,26 @@ def check_names(where: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str,
         )
 
 
+def shared_misfit(
+    where: str, spec: TensorSpec, shape: tuple[int, ...], found: object, found_shape: tuple[int, ...], place: str = ""
+) -> EngineError:
+    """The refusal of another binding's buffer.
+
+    Args:
+        where: the engine.
+        spec: the tensor that wants it, of this shape.
+        shape: see `spec`.
+        found: type of the buffer, of this shape.
+        found_shape: see `found`.
+        place: where it has to lie, if that is part of it.
+    """
+    return EngineError(
+        f"{where}: shared buffer {spec.name!r}", found=f"{found} {shown(found_shape)}",
+        wanted=" ".join(filter(None, (spec.dtype, shown(shape), place))),
+        cause="the two graphs do not fit each other", remedy="bind both with the same sizes and engine",
+    )
+
+
 def check_array(where: str, spec: TensorSpec, array: NDArray[Any], shape: tuple[int | str, ...]) -> None:
     """Refuse an array of another type or shape; symbolic dimensions of `shape` take any size of at least one.
 

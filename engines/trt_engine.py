@@ -19,7 +19,7 @@ from quantempo.contracts.tensors import TensorSpec
 from quantempo.engines.device_math import MOST_TERMS, DeviceMath
 from quantempo.engines.host import HostEngine
 from quantempo.engines.onnx_reader import read_graph
-from quantempo.engines.shapes import check_array, shown
+from quantempo.engines.shapes import check_array, shared_misfit, shown
 from quantempo.engines.targets import parse_version
 from quantempo.engines.trt_profiles import Profile, choose
 from quantempo.engines.trt_record import (
@@ -346,11 +346,7 @@ def _buffer(
     if other is None:
         return DeviceBuffer(engine, spec, shape)
     if not isinstance(other, DeviceBuffer) or other.shape != shape or other.spec.dtype != spec.dtype:
-        raise EngineError(
-            f"{engine.name}: shared buffer {spec.name!r}", found=f"{other.spec.dtype} {shown(other.shape)}",
-            wanted=f"{spec.dtype} {shown(shape)} on the device", cause="the two graphs do not fit each other",
-            remedy="bind both with the same sizes",
-        )
+        raise shared_misfit(engine.name, spec, shape, other.spec.dtype, other.shape, "on the device")
     return DeviceBuffer(engine, spec, shape, other)
 
 

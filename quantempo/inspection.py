@@ -11,7 +11,8 @@ from quantempo.contracts.codec import from_data, parse_json, to_data
 from quantempo.contracts.plan import Keep, QuantPlan
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 
-REFERENCE = "reference"
+REFERENCE, STATISTICS = "reference", "report/statistics.safetensors"
+"""Sidecars: the float twin, and the calibration statistics, from which other scale tables can be made."""
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.table import ScaleTable
 from quantempo.devices.guarding import guard_mode, guard_stage
 from quantempo.errors import PlanError, RequestError
+from quantempo.inspection import STATISTICS
 from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
@@ -40,19 +41,17 @@ from quantempo.stages.programs import calibration_programs, trace_scheduler
 from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
 from quantempo.stages.range_scan import scan_ranges, scan_steps
 from quantempo.stages.store import StageRun, StageStore, open_store
-from quantempo.stages.writing import check_fused, float_view, require_pictures, write_float, write_quantized
+from quantempo.stages.writing import check_fused, float_view, write_float, write_quantized
 
 if TYPE_CHECKING:
     from quantempo.export.weights import QuantizedWeight
     from quantempo.report.write import ReportSummary
 
 __all__ = [
-    "ENGINE", "STATISTICS", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
+    "ENGINE", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
     "compile_model", "lower_graphs", "scale_table", "trace_scheduler", "trajectory_batches",
 ]
 
-STATISTICS = "report/statistics.safetensors"
-"""Sidecar with the calibration statistics, from which other scale tables can be made without another run."""
 WRITES = "a bundle is always written anew"
 
 
@@ -127,7 +126,6 @@ def compile_model(
             with progress.stage("write", WRITES):
                 bundle = write_float(exported, recipe, out, overwrite)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
-        _check_pictures(exported, min_psnr)
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
         plan = cut.keep_free(plan) if cut else plan
@@ -237,12 +235,6 @@ def _check(
             f"plan {plan_file}", found="no such file", wanted="a plan.json", cause="the path is misspelt",
             remedy="give the plan.json of a bundle of this model, as it is or edited",
         )
-
-
-def _check_pictures(exported: Exported, min_psnr: float | None) -> None:
-    """Refuse to judge pictures where there are none."""
-    if min_psnr is not None:
-        require_pictures(exported.denoiser, exported.decoder, "compile with min_psnr")
 
 
 def _check_experts(opened: Opened) -> Opened:

@@ -4,15 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quantempo.contracts.manifest import Manifest
 
 Images = NDArray[np.float32]
 """Images of shape (count, height, width, channels) in [0, 1]."""
 
 PSNR_CEILING_DB = 120.0
 """Identical images have no finite PSNR; they count as this much, which float32 arithmetic does not reach otherwise."""
+
+
+LATENT_PEAK = 4.0
+"""Latents are compared as if they went from minus this to this: those of trained models have a variance of about 1."""
+
+
+def makes_pictures(manifest: Manifest) -> bool:
+    """Whether samples of a bundle are pictures; a denoiser alone makes latents, unless they have colour channels."""
+    shape = manifest.denoiser.latents_shape
+    return manifest.decoder.graph is not None or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+def draw(session: Callable[..., Any], manifest: Manifest, **request: Any) -> Images:
+    """Samples of a session as images.
+
+    Args:
+        session: a `quantempo.runtime.session.Session`.
+        manifest: of its bundle.
+        request: its arguments, but for `output_type`.
+    """
+    kind = "np" if makes_pictures(manifest) else "latent"
+    values: Images = np.asarray(session(**request, output_type=kind).images, np.float32)
+    return values if kind == "np" else latent_images(values)
+
+
+def latent_images(latents: NDArray[np.float32]) -> Images:
+    """Latents (count, channels, …, height, width) as images, from `-LATENT_PEAK` to `LATENT_PEAK`; frames one below
+    another, and tensors of fewer axes as one channel.
+    """  # fmt: skip
+    count, axes = len(latents), latents.ndim - 1
+    if axes >= 3:
+        flat = latents.reshape(count, latents.shape[1], -1, latents.shape[-1]).transpose(0, 2, 3, 1)
+    else:
+        flat = latents.reshape(count, -1, latents.shape[-1], 1)
+    images: Images = np.clip(flat / np.float32(2 * LATENT_PEAK) + np.float32(0.5), 0, 1)
+    return images
 
 
 def psnr_db(images: Images, reference: Images) -> NDArray[np.float64]:

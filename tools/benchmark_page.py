@@ -427,6 +427,13 @@ def compile_cost(facts: dict[str, Any]) -> str:
     for stage, peak in facts["peak_anonymous_bytes"].items():
         if stage in facts["cpu_seconds"]:
             lines.append(f"| {stage} | {peak / 1e9:.2f} | {facts['cpu_seconds'][stage]:.1f} |")
+    if "cpu_time_ratio_with_scan" in facts:
+        lines += [
+            f"| sampling alone | | {facts['cpu_seconds']['plain sampling']:.1f} |", "",
+            "`ranges` is the scan for the scales of attention, which runs 2 samples of at most 8 steps however large "
+            "the calibration is, here as many as the calibration; both together take "
+            f"{facts['cpu_time_ratio_with_scan']:.2f} × the CPU time of sampling what both run.",
+        ]
     return "\n".join([*lines, ""])
 
 

@@ -23,7 +23,7 @@ from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.registry import open_engine
 from quantempo.errors import RequestError
 from quantempo.inspection import REFERENCE, load_plan
-from quantempo.quality import Images, psnr_db
+from quantempo.quality import Images, draw, psnr_db
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.session import Session
 
@@ -75,7 +75,7 @@ class TensorError:
 
 @dataclass(frozen=True)
 class PairPsnr:
-    """Same-seed PSNR of decoded images in dB: mean over the images, and the worst of them."""
+    """Same-seed PSNR of images (see `quantempo.quality.draw`) in dB: mean over the images, and the worst of them."""
 
     first: str
     second: str
@@ -302,5 +302,5 @@ def _images(bundle: OpenBundle, engine: str, steps: int, options: CompareOptions
     with Session(bundle, opened, EngineOptions(options.threads), bundle_dialect(engine, bundle)) as session:
         for start in range(0, options.seeds, 8):
             seeds = list(range(start, min(start + 8, options.seeds)))
-            parts.append(np.asarray(session(**_request(session, seeds, asked), output_type="np").images, np.float32))
+            parts.append(draw(session, bundle.manifest, **_request(session, seeds, asked)))
     return np.concatenate(parts)

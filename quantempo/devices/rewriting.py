@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantempo.contracts.manifest import MANIFEST_NAME, GraphEntry
 from quantempo.contracts.plan import QuantPlan
 from quantempo.errors import BundleError
-from quantempo.inspection import REFERENCE, load_plan
+from quantempo.inspection import REFERENCE, STATISTICS, load_plan
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter
 
@@ -60,7 +61,7 @@ def rewrite_bundle(
     changes: Mapping[str, Any],
     overwrite: bool = False,
 ) -> OpenBundle:
-    """Write a bundle like another one.
+    """Write a bundle like another one, float reference and calibration statistics included.
 
     Args:
         source: verified.
@@ -98,5 +99,16 @@ def rewrite_bundle(
                     writer.add_bytes(name, files[name])
                 else:
                     writer.add_file(name, source.path(name))
+        for name in (REFERENCE, STATISTICS):
+            _copy(source.root / name, writer.root / name)
         bundle = writer.finish(replace(manifest, graphs=entries, **changes))
     return bundle
+
+
+def _copy(source: Path, place: Path) -> None:
+    """Copy a file or folder if it is there.  Links would not do: onnx refuses weight files that have two names."""
+    place.parent.mkdir(exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, place)
+    elif source.is_file():
+        shutil.copyfile(source, place)

@@ -29,9 +29,6 @@ def judge(
         recipe: of the compile.
         arrays: the conditioning of the calibration; rows are used in turn.
         progress: where stages are shown.
-
-    Raises:
-        BundleError: the model makes latents and has no decoder, so that there are no pictures to compare.
     """
     options = ReportOptions(
         samples=SAMPLES, guidance=(recipe.default_guidance,), steps=recipe.steps[0], threads=recipe.threads,

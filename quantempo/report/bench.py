@@ -58,7 +58,7 @@ def bench(
         raise RequestError(
             "rounds", found=str(rounds), wanted="at least 1", cause="a slip", remedy="leave it out for 15 rounds"
         )
-    subject = open_subject(bundle, pictures=False)
+    subject = open_subject(bundle)
     format_name = simulated(subject.bundle)
     if format_name:
         raise BundleError(

@@ -23,14 +23,13 @@ from quantempo.contracts.table import ScaleTable
 from quantempo.devices.opening import bundle_dialect
 from quantempo.engines.registry import open_engine
 from quantempo.errors import BundleError
-from quantempo.inspection import REFERENCE, load_plan
-from quantempo.pipeline import ENGINE, STATISTICS, lower_graphs, scale_table
+from quantempo.inspection import REFERENCE, STATISTICS, load_plan
+from quantempo.pipeline import ENGINE, lower_graphs, scale_table
 from quantempo.progress import Advance
-from quantempo.quality import Images, Judge, psnr_db, ssim
+from quantempo.quality import Images, Judge, draw, psnr_db, ssim
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.session import Session
 from quantempo.stages.dialects import GraphChoice
-from quantempo.stages.writing import require_pictures
 
 OTHER_SEEDS = 500_000
 """Offset of the seeds of the second float population; disjoint from held-out and calibration seeds."""
@@ -98,15 +97,14 @@ class Subject:
     statistics: StatsCollector
 
 
-def open_subject(path: Path, pictures: bool = True) -> Subject:
+def open_subject(path: Path) -> Subject:
     """Open a quantized bundle with its float reference.
 
     Args:
         path: the bundle.
-        pictures: whether its results have to be pictures.
 
     Raises:
-        BundleError: the bundle is a float one, has no reference, or makes no pictures.
+        BundleError: the bundle is a float one, or has no reference.
     """
     bundle = read_bundle(path)
     plan = load_plan(bundle)
@@ -118,8 +116,6 @@ def open_subject(path: Path, pictures: bool = True) -> Subject:
             cause="it was compiled without a reference, or the folders were deleted",
             remedy="compile it again with --reference",
         )
-    if pictures:
-        require_pictures(bundle.manifest.denoiser, bundle.manifest.decoder, f"report of {path}")
     return Subject(bundle, read_bundle(folder), plan, StatsCollector.load(path / STATISTICS))
 
 
@@ -148,17 +144,16 @@ class Sampler:
         return given if labels is None else {**given, "class_labels": labels[start:stop].tolist()}
 
     def images(self, count: int, guidance: float, first_seed: int = 0, advance: Advance | None = None) -> Images:
-        """Images (count, height, width, channels) in [0, 1] of the seeds `first_seed …`."""
+        """Images (count, height, width, channels) in [0, 1] of the seeds `first_seed …`, made by `quality.draw`."""
         parts = []
         for start in range(0, count, self.options.batch):
             stop = min(count, start + self.options.batch)
-            out = self.session(
-                **self.conditioning(start, stop),
+            parts.append(draw(
+                self.session, self.session.manifest, **self.conditioning(start, stop),
                 seed=list(range(first_seed + start, first_seed + stop)), guidance_scale=guidance,
                 num_inference_steps=None if self.program else self.options.steps, program=self.program,
-                output_type="np", batch_size=stop - start, feature_cache=self.feature_cache,
-            )
-            parts.append(np.asarray(out.images, np.float32))
+                batch_size=stop - start, feature_cache=self.feature_cache,
+            ))  # fmt: skip
             if advance is not None:
                 advance(stop, count)
         return np.concatenate(parts)

@@ -55,6 +55,7 @@ def contact_sheet(panels: Sequence[Panel], columns: int = 4) -> Image.Image:
 
 
 def to_image(pixels: NDArray[np.float32]) -> Image.Image:
-    """A Pillow image of (height, width, channels) values in [0, 1]."""
-    levels = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    """A Pillow image of (height, width, channels) values in [0, 1]; of latents, the first three channels or one."""
+    channels = 3 if pixels.shape[-1] >= 3 else 1
+    levels = np.round(np.clip(pixels[..., :channels], 0, 1) * 255).astype(np.uint8)
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)

@@ -13,7 +13,7 @@ from quantempo.devices.choosing import engine_named
 from quantempo.errors import QualityNotReached
 from quantempo.inspection import site_counts, sizes
 from quantempo.progress import Advance, Progress, SilentProgress
-from quantempo.quality import Images
+from quantempo.quality import LATENT_PEAK, Images, makes_pictures
 from quantempo.report.analysis import drifts, noise_by_tensor
 from quantempo.report.caching import measure_cache, policy_lines
 from quantempo.report.figures import write_figures
@@ -214,6 +214,8 @@ def report_facts(
         "psnr_db": head.groups.psnr_db, "ssim": head.groups.ssim, "worst_psnr_db": head.groups.worst_db,
         "guidance": head.guidance, "steps": options.steps, "samples": options.samples,
         "scheduler": manifest.programs.scheduler,
+        "of": "pictures" if makes_pictures(manifest) else f"latents, taken for pictures from -{LATENT_PEAK:g} to "
+        f"{LATENT_PEAK:g}",
     }
     if head.best_single is not None:
         quality["single_scale_method"], quality["psnr_db_single_scale"] = head.best_single
@@ -258,6 +260,8 @@ def table(facts: dict[str, Any]) -> str:
     """The facts as aligned lines."""
     quality, speed, size, sites = facts["quality"], facts["speed"], facts["size"], facts["sites"]
     lines = [f"same-seed fidelity to float, {quality['samples']} held-out seeds, {quality['steps']} steps"]
+    if quality["of"] != "pictures":
+        lines.append(f"  of {quality['of']}")
     for result in quality["by_guidance"]:
         best = best_single(result)
         tail = f"   best single scale {best[1]:6.2f} dB ({best[0]})" if best else ""

@@ -18,7 +18,7 @@ from quantempo.engines.gate import GateReport, check_ort
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.ort import optimized_graph
 from quantempo.engines.targets import target
-from quantempo.errors import BundleError, ExportError
+from quantempo.errors import ExportError
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter
@@ -141,21 +141,6 @@ def _write_common(
         ),
         provenance=_provenance(exported, recipe),
     )
-
-
-def require_pictures(denoiser: Denoiser, decoder: Decoder, where: str) -> None:
-    """Refuse a model whose results cannot be looked at or compared as pictures.
-
-    Raises:
-        BundleError: it makes latents, and there is no decoder.
-    """
-    channels = denoiser.latents_shape[0]
-    if decoder.graph is None and channels not in (1, 3):
-        raise BundleError(
-            where, found=f"latents of {channels} channels and no decoder", wanted="pictures",
-            cause="the model was compiled from its denoiser directory alone",
-            remedy="compile its pipeline directory, with the vae/ folder",
-        )
 
 
 def graph_entry(name: str, model: Graph, file: str, data: Sequence[str]) -> GraphEntry:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from quantempo.calib.gram import MAX_CHANNELS, ROWS_PER_CALL, GramCollector
+from quantempo.calib.gram import MAX_CHANNELS, PANEL, ROWS_PER_CALL, GramCollector, panels_of
 from quantempo.contracts.partition import Partition
 from quantempo.contracts.table import ScaleTable, TensorScales
 
@@ -20,6 +21,35 @@ def test_sums_outer_products_over_calls_and_rows() -> None:
     collector.observe(1.0, {"x": second})
     rows = np.concatenate([first.reshape(-1, 8), second.reshape(-1, 8)])
     np.testing.assert_allclose(collector.matrices()["x"], rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, PANEL - 1, PANEL, PANEL + 1, 3 * PANEL - 5])
+def test_the_upper_panels_are_the_whole_matrix(channels: int, tmp_path: Path) -> None:
+    values = RNG.standard_normal((2, 7, channels)).astype(np.float32)
+    collector = GramCollector(["x"])
+    collector.observe(0.0, {"x": values})
+    rows, found = values.reshape(-1, channels), collector.matrices()["x"]
+    np.testing.assert_allclose(found, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(found, found.T)
+    collector.save(tmp_path / "saved")
+    again = GramCollector(["x"])
+    again.restore(tmp_path / "saved")
+    assert np.array_equal(again.matrices()["x"], found)
+
+
+def test_little_more_than_half_of_a_matrix_is_held() -> None:
+    assert panels_of(2048)[-1][1].stop < 0.56 * 2048**2
+
+
+def test_collectors_add_up_without_touching_each_other() -> None:
+    values = RNG.standard_normal((2, 5, 8)).astype(np.float32)
+    first, second, total = (GramCollector(["x"]) for _ in range(3))
+    first.observe(0.0, {"x": values})
+    second.observe(0.0, {"x": values})
+    total.add(first)
+    total.add(second)
+    assert np.array_equal(first.matrices()["x"], second.matrices()["x"])
+    assert np.array_equal(total.matrices()["x"], 2 * first.matrices()["x"])
 
 
 def test_rows_of_a_large_call_are_taken_evenly() -> None:

@@ -11,7 +11,7 @@ import pytest
 from support import tiny_models
 
 from quantempo.contracts.table import ScaleTable
-from quantempo.errors import BundleError, OutputExists, RequestError
+from quantempo.errors import OutputExists, RequestError
 from quantempo.pipeline import compile_model
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
@@ -82,10 +82,14 @@ def test_what_cannot_be_judged_is_refused_before_the_work(
         compile_model(tmp_path / "no-such-model", tmp_path / "out", recipe, min_psnr=40.0)
 
 
-def test_a_model_without_pictures_is_refused(small: Recipe, tmp_path: Path) -> None:
-    model = tiny_models.dit_pipeline()
-    with pytest.raises(BundleError, match=r"latents of 4 channels and no decoder[\s\S]*with the vae/ folder"):
-        compile_model(model / "transformer", tmp_path / "out", small, scheduler=model / "scheduler", min_psnr=40.0)
+def test_a_model_without_a_decoder_is_judged_by_its_latents(small: Recipe, tmp_path: Path) -> None:
+    model, given = tiny_models.dit_pipeline(), {"min_psnr": 1.0}
+    compile_model(model / "transformer", tmp_path / "out", small, scheduler=model / "scheduler", **given)
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    facts = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    assert facts["quality"]["of"] == "latents, taken for pictures from -4 to 4"
+    assert 1 < facts["quality"]["psnr_db"] < 120
+    assert facts["quality"]["of"] in page
 
 
 def test_a_stranger_at_the_place_for_rejected_bundles_is_named_before_the_work(small: Recipe, tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
-"""Commands about engines and devices, and the page that shows them."""
+"""Commands about engines and devices."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from quantempo.contracts.step_policy import StepPolicy
 from quantempo.devices.choosing import candidates
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "engines.md"
 QUICK = ("--samples", "2", "--steps", "3", "--calls", "2", "--threads", "1")
 needs_openvino = pytest.mark.skipif("openvino" not in candidates(), reason="openvino is not installed")
 
@@ -160,41 +157,6 @@ def test_scales_are_imported(cli: Any, dit_bundle: OpenBundle, maxima: Path, tmp
         np.testing.assert_array_equal(table.of(name).scale, before.of(name).scale)
     with quantempo.load(made.root, threads=1) as session:
         assert np.isfinite(session(class_labels=[1], seed=0, num_inference_steps=3, output_type="np").images).all()
-
-
-SHELL = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def shown() -> list[str]:
-    lines = [line for block in SHELL.findall(PAGE.read_text()) for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith("quantempo ")]
-
-
-@needs_openvino
-def test_every_command_of_the_page_runs(
-    cli: Callable[..., tuple[int, str, str]], dit_bundle: OpenBundle, maxima: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As shown, with a tiny bundle and model in the places that the page names."""
-    import shutil
-
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(dit_bundle.root, "out")
-    shutil.copytree(tiny_models.dit_pipeline(), "model")
-    shutil.copyfile(maxima, "maxima.safetensors")
-    (tmp_path / "config.json").write_text(
-        json.dumps({"quantization_config": {"runtime": {"diffusion_step_policy": StepPolicy(1, 1).data()}}})
-    )
-    commands = shown()
-    assert len(commands) >= 8
-    for command in commands:
-        words = shlex.split(command, comments=True)[1:]
-        if words[0] == "compile":
-            words += ["--samples", "8", "--steps", "4", "--guidance", "1.5", "--max-steps", "4"]
-        if words[0] == "report":
-            words += ["--samples", "2", "--steps", "4", "--worst", "0"]
-        code, out, err = cli(*words)
-        refused = words[0] == "check" and "refused" in out
-        # A model this tiny may lose in every region; then the documented answer is a refusal with its advice.
-        refused |= "revert" in words and "slower in integers than in float, however it is divided" in err
-        assert code == (1 if refused else 0), f"{command}: {err}"
+    code, text, err = cli("report", made.root, "--samples", 2, "--steps", 2, "--worst", 0)
+    assert code == 0, err
+    assert "guidance 1.5" in text

@@ -22,8 +22,8 @@ from quantempo.contracts.plan import Keep, Quantize, QuantPlan, Share
 from quantempo.engines.ort import executed_operators
 from quantempo.engines.registry import open_engine
 from quantempo.errors import OutputExists, PlanError, RequestError
-from quantempo.inspection import load_plan
-from quantempo.pipeline import STATISTICS, compile_model
+from quantempo.inspection import STATISTICS, load_plan
+from quantempo.pipeline import compile_model
 from quantempo.quality import sqnr_db
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
