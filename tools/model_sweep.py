@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, help="write here (default: docs/models.json for all)")
     parser.add_argument("--resume", action="store_true", help="keep what the file already holds")
     parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds of processor time per class")
+    parser.add_argument("--float", action="store_true", help="end with the float graph")
     options = parser.parse_args(arguments)
     from support.zoo import ZOO
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if name in found:
             continue
-        found[name] = in_process(name, options.timeout)
+        found[name] = in_process(name, options.timeout, options.float)
         print(line(name, found[name]), flush=True)
         if path is not None:
             write(path, found, sorted(ZOO))
@@ -82,21 +83,21 @@ def prepare() -> None:
     warm_up()
 
 
-def child(name: str, answer: Connection, seconds: int) -> None:
+def child(name: str, answer: Connection, seconds: int, float_only: bool) -> None:
     """Measure one class in this process."""
     from support.zoo import ZOO
     from support.zoo.measure import measure
 
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with tempfile.TemporaryDirectory() as folder:
-        answer.send(asdict(measure(ZOO[name], Path(folder))))
+        answer.send(asdict(measure(ZOO[name], Path(folder), float_only)))
 
 
-def in_process(name: str, timeout: int) -> dict[str, Any]:
+def in_process(name: str, timeout: int, float_only: bool = False) -> dict[str, Any]:
     """Measure one class in a process of its own."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(name, theirs, timeout))
+    process = context.Process(target=child, args=(name, theirs, timeout, float_only))
     process.start()
     theirs.close()
     try:

@@ -44,3 +44,19 @@ def test_graph_routes_other_samples_as_the_module_does(tmp_path):
     graph = trace_module(module, family, tmp_path)
     assert not graph.pinned
     assert verify_denoiser(graph, module, family, run) <= 1e-5
+
+
+def test_experts_that_choose_share_the_tokens_evenly():
+    nucleus = pytest.importorskip("diffusers.models.transformers.transformer_nucleusmoe_image")
+    experts = nucleus.SwiGLUExperts(8, 16, 4).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+        x, counts = torch.randn(12, 8, generator=generator), torch.full((4,), 3)
+        wanted = experts(x, counts)
+        with dense_experts(experts):
+            found = experts(x, counts)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert wanted.abs().mean() > 0.1
+    assert "_run_experts_for_loop" not in vars(experts)

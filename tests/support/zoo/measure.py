@@ -49,7 +49,8 @@ class Finding:
     """What one class did.
 
     Args:
-        status: `covered`; `partial` where the float graph is right but something after it is not; else `refused`.
+        status: `covered`; `partial` where the float graph is right but something after it is not; `float` where that
+            was all that was asked for; else `refused`.
         stage: where it stopped, or `done`.
         float_error: relative error of the float graph against the module, the worse of two input sets.
         sqnr_db: by engine, the worst one-call SQNR of the INT8 graph against the module, in dB.
@@ -72,23 +73,24 @@ class Finding:
     seconds: float = 0.0
 
 
-def measure(entry: Entry, folder: Path) -> Finding:
+def measure(entry: Entry, folder: Path, float_only: bool = False) -> Finding:
     """Take one class all the way; a failure is a finding, not an exception.
 
     Args:
         entry: of the zoo.
         folder: for graphs.
+        float_only: end once the float graph was compared with the module.
     """
     finding, start = Finding(entry.class_name), time.perf_counter()
     try:
-        _measure(entry, folder, finding)
+        _measure(entry, folder, finding, float_only)
     except Exception as error:
         finding.cause = f"{type(error).__name__}: {first_line(error)}"
     finding.seconds = round(time.perf_counter() - start, 1)
     return finding
 
 
-def _measure(entry: Entry, folder: Path, finding: Finding) -> None:
+def _measure(entry: Entry, folder: Path, finding: Finding, float_only: bool) -> None:
     module = entry.build()
     finding.stage = "example inputs"
     family = family_of_example(module, list(entry.examples()), **entry.family)
@@ -96,6 +98,9 @@ def _measure(entry: Entry, folder: Path, finding: Finding) -> None:
     graph = trace_module(module, family, folder)
     finding.stage = "float graph"
     finding.float_error = verify_denoiser(graph, module, family, run_ort)
+    if float_only:
+        finding.status, finding.stage = "float", "done"
+        return
     finding.status = "partial"
     model = load_graph(graph.path)
     finding.cache = cache_cut(model)

@@ -140,7 +140,8 @@ ENTRIES = (
     Entry(
         "NucleusMoEImageTransformer2DModel",
         {
-            **QWEN, "patch_size": 2, "num_experts": 4, "moe_intermediate_dim": 32, "capacity_factors": 2.0,
+            **QWEN, "attention_head_dim": 32, "axes_dims_rope": (16, 8, 8), "patch_size": 2, "num_experts": 4,
+            "moe_intermediate_dim": 32, "capacity_factors": 2.0,
             "dense_moe_strategy": "leave_first_block_dense",
         },
         lambda draw: {
