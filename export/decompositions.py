@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,6 +120,27 @@ def _index_put(node: Node, build: Builder) -> Node | None:
     return _index(node, build) if made is None else made
 
 
+def _sqrt(node: Node, build: Builder) -> Node | None:
+    """Torch takes roots of whole numbers; no engine has a kernel for them."""
+    if value_of(node.args[0]).dtype.is_floating_point:
+        return None
+    return build(aten.sqrt.default, build(aten.to.dtype, node.args[0], value_of(node).dtype))
+
+
+def _item(node: Node, build: Builder) -> Node | None:
+    """A part of `split` along the batch, which ONNX would make a sequence: a slice."""
+    source, index = node.args
+    if not isinstance(source, Node) or source.target is not aten.split.Tensor:
+        return None
+    whole, size = source.args[:2]
+    dim: Any = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
+    place: Any = index
+    if isinstance(value_of(whole).shape[dim], int) or not isinstance(size, int):
+        return None
+    last = place % len(value_of(source)) == len(value_of(source)) - 1
+    return build(aten.slice.Tensor, whole, dim, place * size, sys.maxsize if last else (place + 1) * size)
+
+
 def _cat(node: Node, build: Builder) -> Node | None:
     """Joining with nothing: engines refuse to reshape empty tensors, which the model's Python made for a case of it."""
     parts: Any = node.args[0]
@@ -161,4 +183,6 @@ RULES: Mapping[Any, Rewrite] = {
     aten.index_put.default: _index_put,
     aten.index_put_.default: _index_put,
     aten.einsum.default: _einsum,
+    aten.sqrt.default: _sqrt,
+    operator.getitem: _item,
 }

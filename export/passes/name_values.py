@@ -75,7 +75,11 @@ def is_site(node: ir.Node) -> bool:
     """Whether the node is the product of a computed tensor and a stored weight."""
     if node.op_type not in SITE_OPS or len(node.inputs) != 2:
         return False
-    return is_initializer(node.inputs[1]) and not is_initializer(node.inputs[0])
+    weight = node.inputs[1]
+    if not is_initializer(weight) or is_initializer(node.inputs[0]):
+        return False
+    assert weight is not None
+    return node.op_type != "MatMul" or weight.shape is None or len(weight.shape) == 2  # a stack of matrices is none
 
 
 def _wishes(graph: ir.Graph) -> dict[ir.Value, str]:

@@ -68,6 +68,7 @@ class Entry:
         batches: batch sizes of the two sets; equal where the class loops over samples in Python.
         module: where the class is, if diffusers does not export it.
         family: further arguments of `quantempo.export.families.family_of_example`.
+        scales: factors of parameters, by name, where random ones make the model ill-conditioned.
     """
 
     class_name: str
@@ -76,6 +77,7 @@ class Entry:
     batches: tuple[int, int] = (2, 3)
     module: str | None = None
     family: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model in evaluation mode, every parameter drawn anew (layers that start at zero would hide the rest)."""
@@ -83,6 +85,9 @@ class Entry:
             torch.manual_seed(seed)
             model: nn.Module = find_class(self.class_name, self.module)(**self.config)
         randomize(model, seed)
+        with torch.no_grad():
+            for name, factor in self.scales.items():
+                model.get_parameter(name).mul_(factor)
         return model.eval()
 
     def examples(self) -> tuple[Inputs, Inputs]:

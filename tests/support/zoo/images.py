@@ -98,7 +98,7 @@ def fibo2(draw: Draw) -> Inputs:
 def ernie(draw: Draw) -> Inputs:
     return {
         **image(draw, channels=16), "text_bth": draw.normal(6, 16),
-        "text_lens": torch.tensor([6, 4, 5]).repeat(8)[: draw.batch],
+        "text_lens": torch.tensor([6, 4, 5]).repeat(9)[: draw.batch],
     }
 
 

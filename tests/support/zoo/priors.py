@@ -138,11 +138,12 @@ ENTRIES = (
             "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"), "feats_pair_repr": ("xt_bb_ca_pair_dists",),
             "feats_pair_cond": ("time_emb_bb_ca", "time_emb_local_latents"),
         },
-        molecule,
+        molecule, family={"output": 1},  # the local latents, which every input has a part in
     ),
     Entry(
         "WuerstchenPrior", {"c_in": 4, "c": 32, "c_cond": 16, "c_r": 16, "depth": 2, "nhead": 2}, wuerstchen,
         module="diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior",
+        scales={"out.1.weight": 0.1},  # the output is divided by |1 - b| with a b from here
     ),
     Entry(
         "WuerstchenDiffNeXt",

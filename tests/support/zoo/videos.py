@@ -160,6 +160,7 @@ def animate(draw: Draw) -> Inputs:
         **video(draw, channels=12), "encoder_hidden_states": draw.normal(WAN_TEXT, 16),
         "encoder_hidden_states_image": draw.normal(4, 16),
         "pose_hidden_states": draw.normal(4, 2, 8, 8), "face_pixel_values": draw.normal(3, 5, 16, 16),
+        "motion_encode_batch_size": 1000,
     }
 
 
