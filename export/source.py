@@ -338,10 +338,17 @@ def _class_name(denoiser: Path, config: Mapping[str, Any], parts: ModelParts) ->
         raise UnsupportedModel(
             str(denoiser / "config.json"), found=f"class {name!r}", wanted="one of " + ", ".join(sorted(FAMILIES)),
             cause="quantempo has no description of this architecture's inputs, and makes none up",
-            remedy=nearest(name, FAMILIES) + " Or give one example call with --inputs FILE.npz: an array for each "
-            "argument of forward that the model's pipeline passes, with a batch of 2 (docs/models.md)",
+            remedy=_unknown(name) + "give one example call with --inputs FILE.npz: an array for each argument of "
+            "forward that the model's pipeline passes, with a batch of 2 (docs/models.md)",
         )
     return name
+
+
+def _unknown(name: str) -> str:
+    """What to do about a class that is none of diffusers', before the rest of the remedy; nothing where it is one."""
+    import diffusers
+
+    return "" if hasattr(diffusers, name) else nearest(name, FAMILIES) + " Or "
 
 
 def _labels(index: Mapping[str, Any]) -> Mapping[str, str]:

@@ -115,7 +115,9 @@ def family_of_inputs(class_name: str, path: FilePath) -> Family:
     if made is None:
         raise UnsupportedModel(
             where, found="a class that the installed diffusers does not have", wanted="one of its denoisers",
-            cause="the model is newer than the installed diffusers", remedy="run: pip install --upgrade diffusers",
+            cause="the model is newer than the installed diffusers, or the class is your own",
+            remedy="run: pip install --upgrade diffusers; a class of your own is traced in Python, with "
+            "family_of_example and trace_module (docs/models.md)",
         )
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.onnxruntime_run import run
 
-from quantempo.errors import ExportError
+from quantempo.errors import ExportError, UnsupportedModel
 from quantempo.export.families import family_of_example
 from quantempo.export.families.example import family_of_inputs
 from quantempo.export.trace import trace_module, verify_denoiser
@@ -217,3 +217,9 @@ def test_inputs_file_describes_a_diffusers_class(tmp_path):
     assert np.allclose(family.examples()[0]["timestep"], 300)
     module = diffusers_model("UNet2DConditionModel", 3, **CONDITION_UNET)
     assert verify_denoiser(trace_module(module, family, tmp_path), module, family, run) <= 1e-4
+
+
+def test_class_of_your_own_is_told_what_to_do(tmp_path):
+    np.savez(tmp_path / "call.npz", sample=np.zeros((2, 4), np.float32))
+    with pytest.raises(UnsupportedModel, match=r"installed diffusers does not have(?s:.*)family_of_example and trace"):
+        family_of_inputs("MyTransformer2DModel", tmp_path / "call.npz")
