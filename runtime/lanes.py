@@ -157,6 +157,14 @@ class Lane:
                     f"graph {variant!r}, input {name!r}", found="no value for it", wanted=f"{spec.dtype} {spec.shape}",
                     cause="the call leaves a conditioning input out", remedy=f"pass {name}=...",
                 )
+        latents = (rows, *denoiser.latents_shape)
+        for name in sorted(fed):  # a register has this size, whatever else an input of that name is fed with
+            if shapes[name] != latents:
+                raise EngineError(
+                    f"graph {variant!r}, input {name!r}", found=f"shape {shapes[name]}",
+                    wanted=f"shape {latents}, since the program feeds registers to it",
+                    cause="program and graph do not belong together", remedy="compile the bundle again",
+                )
         return shapes
 
     def part(self, variant: str, count: int) -> Part:

@@ -13,19 +13,60 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto, helper
 from safetensors.numpy import save
 
 from quantempo.contracts.codec import to_data
+from quantempo.contracts.manifest import FileEntry
+from quantempo.engines.cache import KeyParts
+from quantempo.engines.trt_profiles import parse_profile
+from quantempo.engines.trt_record import EngineRecord, PlanRecord
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.bundle_maker import Shape, make_bundle, make_program
 from support.onnx_bundles import CACHED, write_onnx_bundle
 
-MANIFEST, PROGRAM, SPLIT_PROGRAM, VECTORS, TABLE, GRAPH = range(6)
+MANIFEST, PROGRAM, SPLIT_PROGRAM, VECTORS, TABLE, GRAPH, RECORD, CACHED_PROGRAM = range(8)
 
 
 def compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def branching() -> bytes:
+    """A graph with a subgraph in which there is a weight, a node that only casts one, and sizes of every kind."""
+    number = helper.make_tensor("inside", TensorProto.FLOAT, [2], [1.0, 2.0])
+    branch = helper.make_tensor_value_info("branch", TensorProto.FLOAT, [2])
+    inner = helper.make_graph(
+        [helper.make_node("Constant", [], ["c"], value=number), helper.make_node("Add", ["c", "k"], ["branch"])],
+        "inner", [], [branch], [helper.make_tensor("k", TensorProto.FLOAT, [1], [3.0])],
+    )
+    nodes = [
+        helper.make_node("If", ["flag"], ["picked"], then_branch=inner, else_branch=inner),
+        helper.make_node("Cast", ["w"], ["v"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["sample", "v"], ["prediction"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["batch", None, 2]),
+    ]
+    outputs = [helper.make_tensor_value_info("prediction", TensorProto.FLOAT16, None)]
+    weight = helper.make_tensor("w", TensorProto.INT8, [2, 2], [1] * 4)
+    graph = helper.make_graph(nodes, "outer", inputs, outputs, [weight])
+    content: bytes = helper.make_model(graph).SerializeToString()
+    return content
+
+
+def record() -> EngineRecord:
+    """Two plans, one of them with two profiles."""
+    parts = KeyParts(graph="g", backend="tensorrt", version="10.13.3", device="sm_89")
+    plans = {
+        f"full.{kind}": PlanRecord(
+            f"full.{kind}.plan", FileEntry("0" * 64, 9), 9, parts, tuple(parse_profile(text) for text in profiles)
+        )
+        for kind, profiles in (("portable-f16", ("batch=1:2:4", "batch=4:8:16")), ("float-f32", ("batch=1",)))
+    }
+    return EngineRecord("l4", "tensorrt", "10.13.3", "8.9", "0" * 64, plans)
 
 
 def main(folder: Path) -> None:
@@ -39,6 +80,9 @@ def main(folder: Path) -> None:
         write("manifest-cached", MANIFEST, compact(json.loads((cached / "manifest.json").read_text())))
         plain = make_bundle(Path(work) / "plain", Shape(steps=(2,), groups=0, decoder=False))
         write("manifest-float", MANIFEST, compact(json.loads((plain / "manifest.json").read_text())))
+        program = json.loads((cached / "programs/cached.4.json").read_text().replace('"row": 3', '"row": 2'))
+        pair = {"manifest": json.loads((cached / "manifest.json").read_text()), "program": program}
+        write("cached", CACHED_PROGRAM, compact(pair))
         parts = write_onnx_bundle(Path(work) / "parts", Path(work) / "scratch")
         write("graph", GRAPH, (parts / "graphs/full.float-f32.onnx").read_bytes())
         write("table", TABLE, (make_bundle(Path(work) / "t", Shape(groups=2)) / "tables.safetensors").read_bytes())
@@ -55,6 +99,8 @@ def main(folder: Path) -> None:
         write(f"program-cached-{steps}", PROGRAM if steps % 2 else SPLIT_PROGRAM, compact(data))
     ramp = np.arange(8, dtype=np.float32).reshape(2, 4)
     write("vectors", VECTORS, save({"gain": ramp, "bias": ramp}))
+    write("record", RECORD, compact(to_data(record())))
+    write("graph-branching", GRAPH, branching())
     external = b"\x0a\x08location\x12\x0bweights.bin", b"\x0a\x06offset\x12\x0264"
     entries = b"".join(b"\x6a" + bytes([len(pair)]) + pair for pair in external)
     tensor = b"\x08\x02\x08\x03\x10\x01\x42\x01w" + entries

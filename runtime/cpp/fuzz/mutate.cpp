@@ -1,5 +1,6 @@
 #include "mutate.hpp"
 
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -23,6 +24,7 @@ const std::vector<Json>& values() {
       "sample", "timestep", "class_labels", "scale_group", "cache.0", "cache.0.gain", "gain", "bias", "lin", "clamp",
       "noise", "correct", "batch", "float32", "int64", "F32", "I32", "F64", "BOOL", "../x", "/x", "graphs/x", "graphs/a.onnx",
       "float", "ort", "last_refresh", "previous_call", "corrections-1", "feature-cache-1", "step-program-1", "4", "04",
+      "tensorrt", "tensorrt_rtx", "plan", "refit", "bundle", "8.9", "full.portable-f16", "full.float-f32", "portable",
       Json::array(), Json::object(), Json::array({"latents", 1.0}), Json::array({"cache.0", 0.5})};
   return known;
 }
@@ -33,7 +35,9 @@ const std::vector<std::string>& keys() {
       "group_key", "graph", "vectors", "decide", "probe", "threshold", "refresh", "polynomial", "accumulate", "reference",
       "max_consecutive", "state", "name", "initial_scale", "scheduler", "steps", "calls", "eta", "version", "options",
       "dtype", "shape", "data_offsets", "sample", "requires", "files", "graphs", "denoiser", "decoder", "programs",
-      "partition", "cache", "reads", "writes", "outputs", "latents_shape", "cache.0.gain", "__metadata__"};
+      "partition", "cache", "reads", "writes", "outputs", "latents_shape", "cache.0.gain", "__metadata__", "manifest", "program", "target",
+      "backend", "library", "capability", "plans", "file", "entry", "plan_size", "parts", "profiles", "weights", "sizes",
+      "low", "best", "high", "batch", "requires", "precision"};
   return known;
 }
 
@@ -49,6 +53,7 @@ class Mutator {
  public:
   explicit Mutator(unsigned seed) : random_(seed) {}
 
+  std::mt19937& random() { return random_; }
   std::size_t below(std::size_t limit) { return std::uniform_int_distribution<std::size_t>(0, limit - 1)(random_); }
 
   void change(Json& document) {
@@ -119,17 +124,25 @@ bool parse(const std::string& document, bool safetensors, Json& json, std::strin
 
 }  // namespace
 
+int kind_of(const std::uint8_t* data) {
+  static const char* const fixed = std::getenv("QUANTEMPO_FUZZ_TARGET");
+  return fixed != nullptr ? std::atoi(fixed) : data[0] % Kinds;
+}
+
 std::size_t mutate(std::uint8_t* data, std::size_t size, std::size_t most, unsigned seed) {
   Mutator mutator(seed);
-  const bool structured = size > 1 && data[0] % 6 != 5 && mutator.below(10) != 0;
-  Json json;
-  std::string rest;
-  const bool safetensors = size > 0 && (data[0] % 6 == 3 || data[0] % 6 == 4);
-  if (!structured || !parse(std::string(reinterpret_cast<char*>(data) + 1, size - 1), safetensors, json, rest)) {
-    return LLVMFuzzerMutate(data, size, most);
+  if (size < 2 || mutator.below(10) == 0) return LLVMFuzzerMutate(data, size, most);
+  const int kind = kind_of(data);
+  const bool safetensors = kind == Vectors || kind == Table;
+  std::string document(reinterpret_cast<char*>(data) + 1, size - 1), rest;
+  if (kind == Graph) {
+    if (!mutate_graph(document, mutator.random())) return LLVMFuzzerMutate(data, size, most);
+  } else {
+    Json json;
+    if (!parse(document, safetensors, json, rest)) return LLVMFuzzerMutate(data, size, most);
+    for (std::size_t i = 0, count = 1 + mutator.below(4); i < count; ++i) mutator.change(json);
+    document = json.dump(-1, ' ', false, Json::error_handler_t::replace);
   }
-  for (std::size_t i = 0, count = 1 + mutator.below(4); i < count; ++i) mutator.change(json);
-  std::string document = json.dump(-1, ' ', false, Json::error_handler_t::replace);
   if (safetensors) {
     const std::uint64_t length = document.size();
     std::string front(8, '\0');

@@ -134,9 +134,7 @@ Bundle Bundle::open(const std::string& path) {
   Manifest manifest = parse_manifest(text);
   check_references(manifest);
   for (const auto& entry : manifest.files) check_links(path, entry.first);
-  Sha256 state;
-  state.update(text.data(), text.size());
-  Bundle bundle(path, std::move(manifest), state.hex());
+  Bundle bundle(path, std::move(manifest), digest_of(text));
   bundle.check_files();
   const auto& made = bundle.manifest_;
   if (made.vectors) bundle.vectors_ = read_vectors(read_file(bundle.path(*made.vectors), *made.vectors, kLargestText), *made.vectors);

@@ -78,6 +78,17 @@ Buffers allocate(const std::string& where, const std::vector<TensorSpec>& specs,
   return buffers;
 }
 
+Buffers allocate_inputs(const std::string& where, const std::vector<TensorSpec>& specs, const Sizes& sizes,
+                        const Buffers& share, const MakeBuffer& make) {
+  Buffers buffers = allocate(where, specs, sizes, share, make);
+  for (const auto& spec : specs) {
+    if (buffers.count(spec.name) != 0) continue;
+    throw Error(Kind::EngineError, where + ": bind", "no size for " + shown(spec.shape), "a size for each symbol",
+                "the graph's shape is symbolic there", "compile the bundle again");
+  }
+  return buffers;
+}
+
 BufferPtr host_buffer(const std::string& where, const TensorSpec& spec, const Shape& shape) {
   return std::make_shared<Buffer>(spec, shape, where);
 }

@@ -72,6 +72,11 @@ struct EngineOptions {
   int threads = 0;      // 0 lets the engine choose
   std::map<std::string, std::string> settings;
   Notice notice;
+
+  // Passes a notice on, where anybody listens.
+  void tell(const std::string& name, const std::string& text) const {
+    if (notice) notice(name, text);
+  }
 };
 
 // An engine library, opened once per session; graphs that it opens may share what they have in common.
@@ -97,6 +102,10 @@ using MakeBuffer = std::function<BufferPtr(const TensorSpec& spec, const Shape& 
 // A buffer per tensor; a shared one takes over the other binding's memory.  Skips tensors of unknown shape.
 Buffers allocate(const std::string& where, const std::vector<TensorSpec>& specs, const Sizes& sizes,
                  const Buffers& share, const MakeBuffer& make);
+
+// The same for inputs, of which none may be skipped.  Throws `EngineError`.
+Buffers allocate_inputs(const std::string& where, const std::vector<TensorSpec>& specs, const Sizes& sizes,
+                        const Buffers& share, const MakeBuffer& make);
 
 // A plain host buffer.
 BufferPtr host_buffer(const std::string& where, const TensorSpec& spec, const Shape& shape);

@@ -169,6 +169,14 @@ std::map<std::string, Shape> Lane::shapes(const Engine& engine, const std::strin
                 spec.dtype + " " + shown(spec.shape), "the call leaves a conditioning input out",
                 "pass " + spec.name);
   }
+  // A register has the size of the latents, whatever else an input of that name is fed with.
+  for (const auto& name : fed) {
+    const Shape latents = with_rows(model.denoiser->latents_shape, 0);
+    if (found.at(name) == latents) continue;
+    throw Error(Kind::EngineError, "graph " + repr(variant) + ", input " + repr(name), "shape " + shown(found.at(name)),
+                "shape " + shown(latents) + ", since the program feeds registers to it",
+                "program and graph do not belong together", "compile the bundle again");
+  }
   return found;
 }
 

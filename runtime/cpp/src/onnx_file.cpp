@@ -302,27 +302,33 @@ std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::si
   return found;
 }
 
-GraphTensors graph_tensors(const std::string& graph) {
+GraphTensors graph_tensors(const unsigned char* bytes, std::size_t size, const std::string& shown_as) {
   GraphTensors found;
-  with_bytes(graph, [&](const unsigned char* bytes, std::size_t size) {
-    for (const Span part : main_graphs(bytes, size)) {
-      std::set<std::string> weights;
-      for (const Span tensor : children(part, 5)) weights.insert(read_tensor(tensor).name);
-      for (const Span value : children(part, 11)) {
-        TensorSpec spec = read_value(value);
-        if (weights.count(spec.name) == 0) found.inputs.push_back(std::move(spec));
-      }
-      for (const Span value : children(part, 12)) found.outputs.push_back(read_value(value));
+  for (const Span part : main_graphs(bytes, size)) {
+    std::set<std::string> weights;
+    for (const Span tensor : children(part, 5)) weights.insert(read_tensor(tensor).name);
+    for (const Span value : children(part, 11)) {
+      TensorSpec spec = read_value(value);
+      if (weights.count(spec.name) == 0) found.inputs.push_back(std::move(spec));
     }
-  });
+    for (const Span value : children(part, 12)) found.outputs.push_back(read_value(value));
+  }
   for (const auto* side : {&found.inputs, &found.outputs}) {
     for (const auto& spec : *side) {
       if (element_size(spec.dtype) != 0) continue;
-      throw Error(Kind::EngineError, graph.substr(graph.rfind('/') + 1) + ": tensor " + repr(spec.name),
+      throw Error(Kind::EngineError, shown_as + ": tensor " + repr(spec.name),
                   "type " + (spec.dtype.empty() ? std::string("unknown") : spec.dtype), "float, integers or bool",
                   "the runtime has no such type", "cast to float32 inside the graph");
     }
   }
+  return found;
+}
+
+GraphTensors graph_tensors(const std::string& graph) {
+  GraphTensors found;
+  with_bytes(graph, [&](const unsigned char* bytes, std::size_t size) {
+    found = graph_tensors(bytes, size, graph.substr(graph.rfind('/') + 1));
+  });
   return found;
 }
 

@@ -22,11 +22,6 @@ struct ExternalTensor {
 // Refuses a graph whose weight files lie outside its folder, are missing, or are reached through a link.
 void check_external_files(const std::string& graph);
 
-// The same two questions for the bytes of a graph: every location that it names, and the weights of its main graph.
-// Throws `std::runtime_error` where they are no protobuf message.
-std::vector<std::string> external_locations(const unsigned char* bytes, std::size_t size);
-std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::size_t size);
-
 // The inputs (without weights) and outputs of a graph, symbols as the file names them; a size without a name gets one of
 // its own.  Throws `EngineError` for a type that the runtime does not have.
 struct GraphTensors {
@@ -36,5 +31,11 @@ GraphTensors graph_tensors(const std::string& graph);
 
 // Weights in files beside the graph; those of subgraphs are left to the engine.  Throws `EngineError`.
 std::vector<ExternalTensor> external_tensors(const std::string& graph);
+
+// The same three questions for the bytes of a graph; `external_locations` has every location that it names, in subgraphs
+// too.  They throw `std::runtime_error` where the bytes are no protobuf message.
+std::vector<std::string> external_locations(const unsigned char* bytes, std::size_t size);
+std::vector<ExternalTensor> external_tensors(const unsigned char* bytes, std::size_t size);
+GraphTensors graph_tensors(const unsigned char* bytes, std::size_t size, const std::string& shown_as);
 
 }  // namespace quantempo::runtime

@@ -137,4 +137,10 @@ std::string Sha256::hex() {
   return text;
 }
 
+std::string digest_of(const std::string& bytes) {
+  Sha256 digest;
+  digest.update(bytes.data(), bytes.size());
+  return digest.hex();
+}
+
 }  // namespace quantempo::runtime

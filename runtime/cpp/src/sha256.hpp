@@ -23,4 +23,7 @@ class Sha256 {
   std::uint64_t total_ = 0;
 };
 
+// The digest of some bytes in hexadecimal.
+std::string digest_of(const std::string& bytes);
+
 }  // namespace quantempo::runtime

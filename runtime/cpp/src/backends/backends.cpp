@@ -25,6 +25,12 @@ const std::map<std::string, Opener>& openers() {
 
 }  // namespace
 
+bool simulates_fp8(const std::string& where, const std::string& dialect, const EngineOptions& options) {
+  if (dialect != "fp8") return false;
+  options.tell("SimulatedNotice", where + ": FP8 is simulated on this CPU (products in float32): do not time it");
+  return true;
+}
+
 std::vector<std::string> backend_names() {
   std::vector<std::string> names;
   for (const auto& entry : openers()) names.push_back(entry.first);

@@ -2,13 +2,20 @@
 
 #include <dlfcn.h>
 
+#include <cctype>
+#include <cstdlib>
+
 #include "../error.hpp"
 
 namespace quantempo::runtime {
 
 void* open_library(const std::string& backend, const std::string& named, const std::vector<std::string>& usual) {
-  std::string words;
-  const std::vector<std::string> names = named.empty() ? usual : std::vector<std::string>{named};
+  std::string variable = "QUANTEMPO_", words;
+  for (const char letter : backend) variable += static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+  const char* set = std::getenv((variable + "_LIBRARY").c_str());
+  std::vector<std::string> names = usual;
+  if (set != nullptr && *set != '\0') names = {set};
+  if (!named.empty()) names = {named};
   for (const auto& name : names) {
     void* library = ::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (library != nullptr) return library;

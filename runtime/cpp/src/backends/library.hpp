@@ -7,7 +7,8 @@
 namespace quantempo::runtime {
 
 // Opens a library that stays loaded until the process ends: engines keep threads that outlive their handles.
-// Tries `named` alone where it is not empty, then the usual names.  Throws `EngineError` with the linker's words.
+// Tries `named` alone where it is not empty, else what the environment variable QUANTEMPO_BACKEND_LIBRARY names, else the
+// usual names.  Throws `EngineError` with the linker's words.
 void* open_library(const std::string& backend, const std::string& named, const std::vector<std::string>& usual);
 
 // A symbol of a library, or null.

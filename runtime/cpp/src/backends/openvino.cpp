@@ -4,7 +4,6 @@
 // element types are not those of every version.  With fixed shapes (the default) a graph is compiled once per set of
 // bound sizes, which is faster than once for all.
 #include <array>
-#include <cstdlib>
 #include <sstream>
 
 #include "../cpu.hpp"
@@ -259,16 +258,11 @@ OpenVinoEngine::OpenVinoEngine(std::shared_ptr<Shared> shared, std::string path,
   if (settings_["precision"] == "auto") settings_["precision"] = native_precision(*shared_);
   if (options.threads > 0) threads_ = std::to_string(options.threads);
   check_external_files(path_);
-  const auto notice = [&](const char* kind, const std::string& text) {
-    if (options.notice) options.notice(kind, text);
-  };
-  if (dialect == "fp8") {
-    notice("SimulatedNotice", name + ": FP8 is simulated on this CPU (products in float32): do not time it");
-  }
+  simulates_fp8(name, dialect, options);
   const std::string reason = exact_integers() ? "" : saturation_reason(path_);
   if (!reason.empty()) {
-    notice("SaturationNotice", name + ": OpenVINO has no mode that avoids saturation, results may be wrong (" + reason +
-                                   "); use the engine 'ort'");
+    options.tell("SaturationNotice", name + ": OpenVINO has no mode that avoids saturation, results may be wrong (" +
+                                         reason + "); use the engine 'ort'");
   }
   auto tensors = graph_tensors(path_);
   inputs = std::move(tensors.inputs);
@@ -345,12 +339,7 @@ OpenVinoBinding::OpenVinoBinding(OpenVinoEngine& engine, std::shared_ptr<OpenVin
     : engine_(engine), graph_(std::move(graph)), request_(engine.api().request_free) {
   const auto make = [&](const TensorSpec& spec, const Shape& shape) { return host_buffer(engine.name, spec, shape); };
   engine.api().check(engine.api().compiled_create_request(graph_->get(), request_.out()), engine.name, "a request");
-  inputs = allocate(engine.name, engine.inputs, sizes, share, make);
-  for (const auto& spec : engine.inputs) {
-    if (inputs.count(spec.name) != 0) continue;
-    throw Error(Kind::EngineError, engine.name + ": bind", "no size for " + shown(spec.shape), "a size for each symbol",
-                "the graph's shape is symbolic there", "compile the bundle again");
-  }
+  inputs = allocate_inputs(engine.name, engine.inputs, sizes, share, make);
   outputs = allocate(engine.name, engine.outputs, sizes, share, make);
   for (const auto& entry : inputs) attach(entry.second, true);
   if (outputs.size() < engine.outputs.size()) learn();
@@ -389,12 +378,8 @@ void OpenVinoBinding::run() {
 
 class OpenVinoBackend : public Backend {
  public:
-  explicit OpenVinoBackend(EngineOptions options) : options_(std::move(options)) {
-    if (options_.library.empty()) {
-      if (const char* named = std::getenv("QUANTEMPO_OPENVINO_LIBRARY")) options_.library = named;
-    }
-    shared_ = std::make_shared<Shared>(options_.library);
-  }
+  explicit OpenVinoBackend(EngineOptions options)
+      : options_(std::move(options)), shared_(std::make_shared<Shared>(options_.library)) {}
 
   std::vector<std::string> dialects() const override { return {"portable", "fp8", "float"}; }
 

@@ -1,7 +1,6 @@
 // ONNX Runtime on the CPU, through its C API, opened at run time.
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <mutex>
 #include <sstream>
 
@@ -154,11 +153,7 @@ void OrtEngine::set_options(OptionsHeld& made, const std::string& path, const En
                                    {{"optimization", {{"all", "extended", "basic", "none"}}},
                                     {"spinning", {{"on", "off"}}},
                                     {"integers", {{"auto", "fast", "precise"}}}});
-  const auto notice = [&](const char* kind, const std::string& text) {
-    if (options.notice) options.notice(kind, text);
-  };
-  if (dialect == "fp8") {
-    notice("SimulatedNotice", name + ": FP8 is simulated on this CPU (products in float32): do not time it");
+  if (simulates_fp8(name, dialect, options)) {
     // Fusions of quantizers make integer operators, which refuse FP8.
     if (settings["optimization"] == "all" || settings["optimization"] == "extended") settings["optimization"] = "basic";
   }
@@ -166,7 +161,7 @@ void OrtEngine::set_options(OptionsHeld& made, const std::string& path, const En
     const std::string reason = exact_integers() ? "" : saturation_reason(path);
     settings["integers"] = reason.empty() ? "fast" : "precise";
     if (!reason.empty()) {
-      notice("SaturationNotice", name + " runs in the precise mode of ONNX Runtime, which is slower: " + reason);
+      options.tell("SaturationNotice", name + " runs in the precise mode of ONNX Runtime, which is slower: " + reason);
     }
   }
   static const std::map<std::string, int> levels = {{"none", 0}, {"basic", 1}, {"extended", 2}, {"all", 99}};
@@ -286,12 +281,7 @@ OrtBinding::OrtBinding(OrtEngine& engine, const Sizes& sizes, const Buffers& sha
     : engine_(engine), io_(engine.api()) {
   const auto make = [&](const TensorSpec& spec, const Shape& shape) { return host_buffer(engine.name, spec, shape); };
   engine.api().call<CreateIoBinding>(engine.name, "a binding", engine.session(), io_.out());
-  inputs = allocate(engine.name, engine.inputs, sizes, share, make);
-  for (const auto& spec : engine.inputs) {
-    if (inputs.count(spec.name) != 0) continue;
-    throw Error(Kind::EngineError, engine.name + ": bind", "no size for " + shown(spec.shape), "a size for each symbol",
-                "the graph's shape is symbolic there", "compile the bundle again");
-  }
+  inputs = allocate_inputs(engine.name, engine.inputs, sizes, share, make);
   outputs = allocate(engine.name, engine.outputs, sizes, share, make);
   for (const auto& entry : inputs) attach(entry.second, true);
   if (outputs.size() < engine.outputs.size()) learn(sizes);
@@ -343,12 +333,8 @@ void OrtBinding::run() {
 
 class OrtBackend : public Backend {
  public:
-  explicit OrtBackend(EngineOptions options) : options_(std::move(options)) {
-    if (options_.library.empty()) {
-      if (const char* named = std::getenv("QUANTEMPO_ORT_LIBRARY")) options_.library = named;
-    }
-    shared_ = std::make_shared<Shared>(options_.library);
-  }
+  explicit OrtBackend(EngineOptions options)
+      : options_(std::move(options)), shared_(std::make_shared<Shared>(options_.library)) {}
 
   std::vector<std::string> dialects() const override { return {"ort", "portable", "fp8", "float"}; }
 

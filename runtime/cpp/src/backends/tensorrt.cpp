@@ -150,12 +150,10 @@ class TensorRtBinding : public Binding {
     const auto make = [&](const TensorSpec& spec, const Shape& shape) {
       return std::make_shared<DeviceBuffer>(engine.shared_, engine.name, spec, shape);
     };
-    inputs = allocate(engine.name, engine.inputs, sizes, share, make);
-    for (const auto& spec : engine.inputs) {
-      const auto found = inputs.find(spec.name);
-      if (found == inputs.end() || !context_->setInputShape(spec.name.c_str(), dims(found->second->shape))) {
-        shared.fail(engine.name, "shapes that the plan takes");
-      }
+    inputs = allocate_inputs(engine.name, engine.inputs, sizes, share, make);
+    for (const auto& [tensor, buffer] : inputs) {
+      if (context_->setInputShape(tensor.c_str(), dims(buffer->shape))) continue;
+      shared.fail(engine.name, "shapes that the plan takes");
     }
     outputs = allocate(engine.name, engine.outputs, sizes, share, make);
     // An output may have a size that no input names; the context knows it once its inputs are set.
