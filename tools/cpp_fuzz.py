@@ -2,10 +2,10 @@
 
     python tools/cpp_fuzz.py --minutes 5 --json docs/cpp_fuzz.json [--only manifest,graph] [--work FOLDER]
 
-Needs clang (libFuzzer).  `--minutes` are CPU minutes a target.  A target runs on the seeds of runtime/cpp/fuzz/corpus
-and on what earlier runs found (`--work`), with AddressSanitizer, leaks included, and UndefinedBehaviorSanitizer.  A
-target whose figures are of the same code is not run again; a finding leaves its input in the work folder and fails the
-run.
+Needs clang (libFuzzer).  `--minutes` are CPU minutes a target, in turns of one minute that add up: a run that was
+stopped goes on where it was, as long as the code is the same.  A target runs on the seeds of runtime/cpp/fuzz/corpus and
+on what earlier turns found (`--work`), with AddressSanitizer, leaks included, and UndefinedBehaviorSanitizer.  A finding
+leaves its input in the work folder and ends the run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from support.cpp_library import SOURCE, configure_and_build  # noqa: E402
 
 TARGETS = ("manifest", "program", "split program", "vectors", "table", "graph", "record", "cached program")
 """In the order of `Input` in runtime/cpp/fuzz/mutate.hpp."""
+TURN = 1.0
+"""CPU minutes of a target until the next one has its turn."""
 SEEDS = SOURCE / "fuzz" / "corpus"
 ENGINES = ("ort", "openvino", "tensorrt", "library", "backends", "settings")
 APART = ("c_api", "session", "images", "cpu", *ENGINES)
@@ -93,27 +95,48 @@ def fuzz(program: Path, number: int, minutes: float, work: Path) -> dict[str, An
     }  # fmt: skip
 
 
+def read(file: Path | None, code: str) -> dict[str, Any]:
+    """The figures of this code so far."""
+    data: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    return data if data.get("code") == code else {"code": code, "targets": {}}
+
+
+def add(file: Path | None, code: str, name: str, turn: dict[str, Any]) -> dict[str, Any]:
+    """The figures with those of a turn, stored."""
+    results = read(file, code)
+    before = results["targets"].get(name, {"cpu_minutes": 0.0, "inputs": 0, "edges": 0, "findings": 0})
+    total = {key: before[key] + turn[key] for key in ("cpu_minutes", "inputs", "findings")}
+    total |= {"cpu_minutes": round(total["cpu_minutes"], 2), "edges": max(before["edges"], turn["edges"])}
+    results["targets"][name] = total
+    results["targets"] = {target: results["targets"][target] for target in TARGETS if target in results["targets"]}
+    results["cpu_minutes"] = round(sum(each["cpu_minutes"] for each in results["targets"].values()), 2)
+    results["inputs"] = sum(each["inputs"] for each in results["targets"].values())
+    results["findings"] = sum(each["findings"] for each in results["targets"].values())
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
 def main() -> int:
-    """Run what has no figures of this code yet, and store after each."""
+    """Turns until each target had its minutes; the figures are stored after each turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default=",".join(TARGETS))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "cpp-fuzz-corpus")
     arguments = parser.parse_args()
-    file: Path | None = arguments.json
-    results: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.exists() else {}
-    program, code = build(), code_digest()
-    if results.get("code") != code:
-        results = {"code": code, "targets": {}}
-    for number, name in enumerate(TARGETS):
-        if name not in arguments.only.split(",") or results["targets"].get(name, {}).get("findings") == 0:
-            continue
-        results["targets"][name] = fuzz(program, number, arguments.minutes, arguments.work)
-        print(name, results["targets"][name], flush=True)
-        if file is not None:
-            file.write_text(json.dumps(results, indent=2) + "\n")
-    return 1 if any(found["findings"] for found in results["targets"].values()) else 0
+    program, code, chosen = build(), code_digest(), arguments.only.split(",")
+    results = read(arguments.json, code)
+    while True:
+        had = {name: results["targets"].get(name, {}).get("cpu_minutes", 0.0) for name in TARGETS if name in chosen}
+        name = min(had, key=lambda each: had[each])
+        if had[name] >= arguments.minutes:
+            return 0
+        turn = fuzz(program, TARGETS.index(name), min(TURN, arguments.minutes - had[name]), arguments.work)
+        results = add(arguments.json, code, name, turn)
+        print(name, turn, flush=True)
+        if turn["findings"]:
+            return 1
 
 
 if __name__ == "__main__":

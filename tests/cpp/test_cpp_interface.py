@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.bundle_maker import rewrite_manifest
 from support.cpp_library import ROOT, SANITIZE, call, configure_and_build
 from support.onnx_bundles import write_onnx_bundle
 
@@ -18,7 +20,13 @@ CONSUMER = ROOT / "tests" / "cpp" / "consumer"
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
-    return write_onnx_bundle(folder / "b", folder / "work")
+    bundle = write_onnx_bundle(folder / "b", folder / "work")
+    data = json.loads((bundle / "manifest.json").read_text())
+    mask = {"name": "mask", "dtype": "int64", "shape": [3], "values": [1, 1, 0]}
+    rewrite_manifest(
+        bundle, requires=[*data["requires"], "pinned-inputs-1"], denoiser={**data["denoiser"], "pinned": [mask]}
+    )
+    return bundle
 
 
 def test_null_and_short_arguments_callbacks_threads_and_cancelling(built: Path, ort_library: Path, parts: Path) -> None:

@@ -13,7 +13,8 @@ namespace {
 
 constexpr std::int64_t kVersion = 1;
 const std::set<std::string>& features() {
-  static const std::set<std::string> known = {"corrections-1", "feature-cache-1", "scale-groups-1", "step-program-1"};
+  static const std::set<std::string> known = {"corrections-1", "feature-cache-1", "pinned-inputs-1", "scale-groups-1",
+                                              "step-program-1"};
   return known;
 }
 
@@ -101,13 +102,29 @@ ArrayInput read_array(const Node& node) {
   return input;
 }
 
+Shape read_sizes(const Node& node) {
+  Shape shape;
+  for (const auto& size : node.list()) shape.push_back(size.integer());
+  return shape;
+}
+
+PinnedInput read_pinned(const Node& node) {
+  constexpr const char* type = "PinnedInput";
+  node.keys(type, {"name", "dtype", "shape", "values"});
+  PinnedInput input{node.at(type, "name").text(), node.at(type, "dtype").text(), read_sizes(node.at(type, "shape")),
+                    node.at(type, "values").numbers()};
+  if (element_count(input.shape) == input.values.size()) return input;
+  const Node values = node.at(type, "values");
+  wrong(values.where(), values.data(), "numbers that fill the shape " + shown(input.shape));
+}
+
 Denoiser read_denoiser(const Node& node) {
   constexpr const char* type = "Denoiser";
   node.keys(type, {"latents_shape", "classes", "arrays", "sample_input", "timestep_input", "prediction", "group_input",
-                   "max_batch"});
+                   "max_batch", "pinned"});
   Denoiser denoiser;
   const Node shape = node.at(type, "latents_shape");
-  for (const auto& size : shape.list()) denoiser.latents_shape.push_back(size.integer());
+  denoiser.latents_shape = read_sizes(shape);
   bool sound = !denoiser.latents_shape.empty();
   for (const auto size : denoiser.latents_shape) sound = sound && size > 0;
   if (!sound) wrong(shape.where(), shape.data(), "sizes of at least 1");
@@ -117,6 +134,9 @@ Denoiser read_denoiser(const Node& node) {
   }
   if (const auto value = node.given("arrays")) {
     for (const auto& item : value->list()) denoiser.arrays.push_back(read_array(item));
+  }
+  if (const auto value = node.given("pinned")) {
+    for (const auto& item : value->list()) denoiser.pinned.push_back(read_pinned(item));
   }
   if (const auto value = node.given("sample_input")) denoiser.sample_input = value->text();
   if (const auto value = node.given("timestep_input")) denoiser.timestep_input = value->text();

@@ -39,10 +39,18 @@ struct ArrayInput {
   bool guided = true;
 };
 
+// An input whose contents are part of the graphs, which do not take it; a caller who passes it must pass these.
+struct PinnedInput {
+  std::string name, dtype;
+  Shape shape;                 // per sample
+  std::vector<double> values;  // flattened
+};
+
 struct Denoiser {
   Shape latents_shape;
   std::vector<ClassInput> classes;
   std::vector<ArrayInput> arrays;
+  std::vector<PinnedInput> pinned;
   std::string sample_input = "sample", timestep_input = "timestep", prediction = "prediction";
   std::optional<std::string> group_input;
   std::optional<std::int64_t> max_batch;

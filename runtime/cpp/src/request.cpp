@@ -108,6 +108,51 @@ void check_array(const ArrayInput& spec, const GivenArray& array) {
   if (!finite(array)) refuse(array.name, "NaN or infinity", "finite numbers", "look at what made the array");
 }
 
+template <typename T>
+bool repeats(const GivenArray& array, const std::vector<double>& values) {
+  const auto* items = static_cast<const T*>(array.data);
+  for (std::size_t i = 0; i < array.bytes / sizeof(T); ++i) {
+    if (static_cast<double>(items[i]) != values[i % values.size()]) return false;
+  }
+  return true;
+}
+
+// Whether each row of an array holds these values; of a type that a mask or a length does not have, nothing is known.
+bool holds(const GivenArray& array, const PinnedInput& pinned) {
+  const auto& wanted = pinned.shape;
+  if (array.shape.size() < wanted.size() || !std::equal(wanted.rbegin(), wanted.rend(), array.shape.rbegin())) return false;
+  const std::size_t bytes = element_count(array.shape) * element_size(array.dtype);
+  if (bytes != 0 && (array.data == nullptr || array.bytes != bytes)) return false;
+  if (bytes == 0 || pinned.values.empty()) return bytes == 0;
+  if (array.dtype == "bool" || array.dtype == "uint8") return repeats<std::uint8_t>(array, pinned.values);
+  if (array.dtype == "int8") return repeats<std::int8_t>(array, pinned.values);
+  if (array.dtype == "int32") return repeats<std::int32_t>(array, pinned.values);
+  if (array.dtype == "int64") return repeats<std::int64_t>(array, pinned.values);
+  if (array.dtype == "float32") return repeats<float>(array, pinned.values);
+  return array.dtype == "float64" && repeats<double>(array, pinned.values);
+}
+
+// The graphs do not take these inputs: they are checked and go no further.
+Request without_pinned(Request request, const Denoiser& denoiser) {
+  constexpr std::size_t shown_values = 12;
+  for (const auto& pinned : denoiser.pinned) {
+    const GivenArray* array = given(request, pinned.name);
+    if (array == nullptr) continue;
+    if (!holds(*array, pinned)) {
+      std::vector<std::string> words;
+      for (const double value : pinned.values) words.push_back(words.size() < shown_values ? general(value) : "...");
+      words.resize(std::min(words.size(), shown_values + 1));
+      refuse("call, " + pinned.name, "other contents", "[" + join(words, " ") + "] in every row",
+             "leave " + pinned.name + " out, or compile the model again with example inputs that hold these contents",
+             "the model's Python branches on them, and the graphs hold one branch");
+    }
+    auto& arrays = request.arrays;
+    arrays.erase(std::remove_if(arrays.begin(), arrays.end(), [&](const auto& each) { return each.name == pinned.name; }),
+                 arrays.end());
+  }
+  return request;
+}
+
 // The number of samples; everything that tells one must agree, and a single value spreads over the batch.
 std::int64_t batch_of(const Request& request, const Manifest& manifest) {
   std::vector<std::pair<std::string, std::int64_t>> told;
@@ -236,8 +281,9 @@ DrawNoise noise_of(const std::vector<std::pair<std::uint64_t, std::uint32_t>>& s
 
 }  // namespace
 
-Resolved resolve(const Request& request, const Manifest& manifest) {
+Resolved resolve(const Request& asked, const Manifest& manifest) {
   const auto& denoiser = manifest.denoiser;
+  const Request request = without_pinned(asked, denoiser);
   check_names(request, denoiser);
   check_labels(request, denoiser);
   for (const auto& spec : denoiser.arrays) {

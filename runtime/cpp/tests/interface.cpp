@@ -2,7 +2,7 @@
 //
 //     quantempo-interface BUNDLE LIBRARY OLD_ENGINE
 //
-// BUNDLE has class labels, more than one step by default and an engine for LIBRARY.
+// BUNDLE has class labels, an input `mask` pinned to 1 1 0, more than one step by default and an engine for LIBRARY.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -164,6 +164,33 @@ void bad_requests(quantempo_session* session) {
   EXPECT(refused(options, QUANTEMPO_REQUEST_ERROR, "an unknown argument 'nothing'"));
   array.rank = 99;
   EXPECT(refused(options, QUANTEMPO_INVALID_ARGUMENT, "rank"));
+}
+
+// The bundle's graphs were made for the mask 1 1 0, and do not take it.
+void pinned_inputs(quantempo_session* session) {
+  const auto free = latents_of(session, plain());
+  const std::int64_t one[] = {3}, rows[] = {2, 3};
+  const std::int64_t mask[] = {1, 1, 0}, masks[] = {1, 1, 0, 1, 1, 1};
+  const float loose[] = {1.0f, 1.0f, 0.0f};
+  auto options = plain();
+  options.arrays_count = 1;
+  quantempo_array array = {"mask", "int64", one, 1, mask, sizeof mask};
+  options.arrays = &array;
+  EXPECT(latents_of(session, options) == free);
+  array = {"mask", "float32", one, 1, loose, sizeof loose};
+  EXPECT(latents_of(session, options) == free);
+  const auto refused = [&](const quantempo_array& given) {
+    array = given;
+    quantempo_result* result = nullptr;
+    return quantempo_sample(session, &options, &result) == QUANTEMPO_REQUEST_ERROR &&
+           said("call, mask: found other contents, wanted [1 1 0] in every row");
+  };
+  EXPECT(refused({"mask", "int64", rows, 2, masks, sizeof masks}));
+  EXPECT(refused({"mask", "int64", one, 1, mask, 8}));
+  EXPECT(refused({"mask", "int64", one, 1, nullptr, sizeof mask}));
+  EXPECT(refused({"mask", "float16", one, 1, mask, 6}));
+  const std::int64_t two[] = {2};
+  EXPECT(refused({"mask", "int64", two, 1, mask, 16}));
 }
 
 void results(quantempo_session* session) {
@@ -333,6 +360,7 @@ int main(int count, char** words) {
   quantempo_session* session = opened();
   struct_sizes(session);
   bad_requests(session);
+  pinned_inputs(session);
   results(session);
   callbacks(session);
   two_threads_on_one_handle(session);
