@@ -3,9 +3,9 @@
     python tools/cpp_fuzz.py --minutes 5 --json docs/cpp_fuzz.json [--only manifest,graph] [--work FOLDER]
 
 Needs clang (libFuzzer).  `--minutes` are CPU minutes a target, in turns of one minute that add up: a run that was
-stopped goes on where it was, as long as the code is the same.  A target runs on the seeds of runtime/cpp/fuzz/corpus and
-on what earlier turns found (`--work`), with AddressSanitizer, leaks included, and UndefinedBehaviorSanitizer.  A finding
-leaves its input in the work folder and ends the run.
+stopped goes on where it was, as long as the code is the same.  A target runs on the seeds of runtime/cpp/fuzz/corpus
+and on what earlier turns found (`--work`), with AddressSanitizer, leaks included, and UndefinedBehaviorSanitizer.  A
+finding leaves its input in the work folder and ends the run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def fuzz(program: Path, number: int, minutes: float, work: Path) -> dict[str, An
         **os.environ, "QUANTEMPO_FUZZ_TARGET": str(number), "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "ASAN_OPTIONS": "detect_leaks=1",
     }  # fmt: skip
-    log = work / f"{found.name}.log"
+    log = work / f"{found.name}-{os.getpid()}.log"
     with log.open("w") as out:
         words = [*(str(word) for word in command), f"-artifact_prefix={findings}/{found.name}-"]
         running = subprocess.Popen(words, stderr=out, stdout=out, env=environment)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,9 @@ def main(folder: Path) -> None:
         write("graph", GRAPH, (parts / "graphs/full.float-f32.onnx").read_bytes())
         write("table", TABLE, (make_bundle(Path(work) / "t", Shape(groups=2)) / "tables.safetensors").read_bytes())
     write("program-noisy", PROGRAM, compact(to_data(make_program(3, noisy=True))))
+    noisy = make_program(2)
+    fed = replace(noisy, calls=tuple(replace(call, inputs={"timestep": (("latents", 0.9),)}) for call in noisy.calls))
+    write("program-feeds-timestep", PROGRAM, compact(to_data(fed)))
     for steps, program in CACHED.items():
         # The fuzzed variants have one gain, and vectors of three rows.
         text = compact(to_data(program)).decode().replace("latents.", "")

@@ -16,6 +16,8 @@ from support.cpp_library import Sampler
 from support.onnx_bundles import CACHED, write_onnx_bundle
 
 from quantempo.contracts.codec import canonical_json
+from quantempo.contracts.program import LATENTS
+from quantempo.errors import EngineError
 from quantempo.pipeline import compile_model
 from quantempo.recipe import Recipe
 from quantempo.runtime.images import grid, save
@@ -91,6 +93,20 @@ def test_another_program_runs_from_a_file(sampler: Sampler, parts: Path, tmp_pat
     file.write_text(canonical_json(program))
     found = sampler.latents(parts, SHAPE, tmp_path, "--program", file, "--class", 2)
     assert same(found, load(parts)(2, seed=0, program=program, output_type="latent", feature_cache="none").latents)
+
+
+@pytest.mark.parametrize("name", ["timestep", "class_labels"])
+def test_registers_are_fed_only_where_latents_go(sampler: Sampler, parts: Path, tmp_path: Path, name: str) -> None:
+    """An input of another shape would be written over its end."""
+    program = make_program(2)
+    fed = {"sample": program.calls[0].inputs["sample"], name: ((LATENTS, 0.9),)}
+    program = replace(program, calls=tuple(replace(call, inputs=fed) for call in program.calls))
+    file = tmp_path / "program.json"
+    file.write_text(canonical_json(program))
+    with pytest.raises(EngineError, match="since the program feeds registers to it") as caught:
+        load(parts)([1, 2, 3], seed=0, program=program, output_type="latent", feature_cache="none")
+    labels = ["--class", 1, "--class", 2, "--class", 3]
+    assert sampler.refusal(parts, "--program", file, "--cache", "none", *labels) == ("EngineError", str(caught.value))
 
 
 @pytest.fixture(scope="module", params=["dit", "unet"])
