@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CACHING = runpy.run_path(str(Path(__file__).with_name("caching_tables.py")))
+CPP = runpy.run_path(str(Path(__file__).with_name("cpp_tables.py")))
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = """# Benchmarks
 
@@ -135,42 +136,6 @@ def turing(builds: dict[str, Any]) -> str:
             whole = builds[f"{model}/{graph}/sm89"]["sites"]
             counts.append(f"{entry['sites']} of {whole} sites of {model} ({entry['products']} products)")
     return "\n".join([*(f"- {count}" for count in counts), "", "All of them run on INT8; the rest is float16."])
-
-
-def cpp_runtime(results: dict[str, Any]) -> str:
-    """The C++ runtime beside Python and beside the bare engine."""
-    lines = [
-        "## C++ runtime", "", "```bash",
-        "python benchmarks/cpp_runtime.py build/dit build/unet --json docs/cpp_runtime.json", "```", "",
-    ]
-    cells = results.get("identity", {})
-    equal = sum(cell["latents"] and cell["png"] for cell in cells.values())
-    cached = [cell for name, cell in cells.items() if name.endswith(" cached")]
-    lines += [
-        f"Python and C++ give the same latents, bit for bit, and the same PNG bytes in {equal} of {len(cells)} runs of",
-        "20 steps and 3 samples: ONNX Runtime and OpenVINO, demo DiT and demo UNet, INT8 and float, DDIM, DPM-Solver++",
-        f"and Euler ancestral, without feature caching and ({len(cached)} of the runs) with it.", "",
-    ]
-    for name in (name for name, cell in cells.items() if not (cell["latents"] and cell["png"])):
-        lines.append(f"- differs: {name}")
-    if "cost" in results:
-        lines += [
-            f"ONNX Runtime, one thread, guidance 4 (two rows a call), {results['processor']}, {results['conditions']}.",
-            "*Bare* is a C program that opens and runs the same graph and nothing else; *opening* verifies all digests",
-            "and opens the graph, files in the page cache; *CPU* are the CPU seconds of a process that opens and runs",
-            f"one step.  The stripped library has {results['stripped_bytes'] / 1e6:.2f} MB.", "",
-            "| bundle | loop, µs a call | worst | resident, MB | bare | anonymous, MB | bare | opening, s "
-            "| first latents, s | CPU, s |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for name, found in results["cost"].items():
-            lines.append(
-                f"| {name} | {found['loop_us_per_call']:.1f} | {found['worst_loop_us_per_call']:.1f} | "
-                f"{found['resident_mb']:.1f} | {found['bare_resident_mb']:.1f} | {found['anonymous_mb']:.1f} | "
-                f"{found['bare_anonymous_mb']:.1f} | {found['open_seconds']:.3f} | "
-                f"{found['first_latents_seconds']:.3f} | {found['process_cpu_seconds']:.3f} |"
-            )
-    return "\n".join([*lines, ""])
 
 
 def engines(results: dict[str, Any]) -> str:
@@ -476,7 +441,9 @@ def main() -> None:
         ("caching.json", CACHING["cached"]), ("caching_speed.json", CACHING["cached_speed"]),
         ("openvino_speed.json", on_openvino), ("nncf.json", beside_nncf),
         ("peers.json", beside_peers),
-        ("tensorrt.json", engines), ("cpp_runtime.json", cpp_runtime), ("selection.json", selection),
+        ("tensorrt.json", engines), ("cpp_runtime.json", CPP["runtime"]),
+        ("cpp_fuzz.json", CPP["fuzzing"]), ("cpp_sanitizers.json", CPP["sanitizers"]), ("cpp_clean.json", CPP["clean"]),
+        ("selection.json", selection),
         ("compile_cost.json", compile_cost), ("kill_resume.json", resume),
     ):
         results = load(name)

@@ -2,8 +2,8 @@
 
     python tools/cpp_clean.py [--json docs/cpp_clean.json] [--conditions WORDS]
 
-Needs what `apt install cmake g++ zlib1g-dev python3-venv` brings; everything else comes from pip.  The tests are those of
-tests/cpp that `make test` runs.  Wall-clock seconds and, since other jobs may share the machine, CPU seconds.
+Needs what `apt install cmake g++ zlib1g-dev python3-venv` brings; everything else comes from pip.  The tests are those
+of tests/cpp that `make test` runs.  Wall-clock seconds and, since other jobs may share the machine, CPU seconds.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ TARGETS = ("manifest", "program", "split program", "vectors", "table", "graph", 
 TURN = 1.0
 """CPU minutes of a target until the next one has its turn."""
 SEEDS = SOURCE / "fuzz" / "corpus"
-ENGINES = ("ort", "openvino", "tensorrt", "library", "backends", "settings")
+ENGINES = ("ort", "ort_api", "openvino", "tensorrt", "library", "backends", "settings")
 APART = ("c_api", "session", "images", "cpu", *ENGINES)
 """Sources that read no bytes of a bundle: what is changed there does not concern the targets."""
 

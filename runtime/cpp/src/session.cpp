@@ -32,6 +32,8 @@ std::vector<std::string> sorted_names(const std::vector<TensorSpec>& specs) {
 
 Session::Session(Bundle bundle, SessionOptions options) : bundle_(std::move(bundle)), options_(std::move(options)) {
   check_mode(options_.feature_cache);
+  // The variants run in turns, so the activations of all can lie in the same memory.
+  if (options_.backend == "ort" && bundle_.manifest().cache) options_.engine.settings.emplace("arena", "shared");
   backend_ = open_backend(options_.backend, options_.engine);
   const Manifest& manifest = bundle_.manifest();
   std::vector<std::string> there;

@@ -1,8 +1,9 @@
 /* The same as bare.c through this library: opens a bundle, samples latents, prints its memory and times.
  *
- *     footprint BUNDLE LIBRARY LABEL STEPS RUNS
+ *     footprint BUNDLE LIBRARY LABEL STEPS RUNS [CACHE]
  *
- * One sample with guidance 4 (two rows a call), one thread, without feature caching and without a decoder.
+ * One sample with guidance 4 (two rows a call), one thread, without a decoder, and without feature caching unless CACHE
+ * says how.
  */
 #include <stdlib.h>
 #include <time.h>
@@ -29,11 +30,11 @@ int main(int count, char** words) {
   const double guidance = 4.0, started = now();
   int64_t label;
   int run, runs;
-  if (count != 6) return 2;
+  if (count != 6 && count != 7) return 2;
   quantempo_open_options_defaults(&open);
   open.library = words[2];
   open.threads = 1;
-  open.feature_cache = "none";
+  open.feature_cache = count == 7 ? words[6] : "none";
   check(quantempo_open(words[1], &open, &session));
   printf("open %.6f\n", now() - started);
   label = atoll(words[3]);

@@ -4,7 +4,7 @@
 
 #include <stdio.h>
 
-static long resident(const char* field) {
+static inline long resident(const char* field) {
   char line[256], format[64];
   long found = 0;
   FILE* file = fopen("/proc/self/status", "r");
@@ -15,7 +15,7 @@ static long resident(const char* field) {
 }
 
 /* All of it, without what is only mapped from files, and the highest that it was. */
-static void print_footprint(void) {
+static inline void print_footprint(void) {
   printf("resident %ld anonymous %ld peak %ld\n", resident("VmRSS"), resident("RssAnon"), resident("VmHWM"));
 }
 

@@ -49,6 +49,7 @@ SAME(CreateIoBinding);
 SAME(ReleaseIoBinding);
 SAME(BindInput);
 SAME(BindOutput);
+SAME(CreateAndRegisterAllocator);
 SAME(AddInitializer);
 SAME(CreatePrepackedWeightsContainer);
 SAME(ReleasePrepackedWeightsContainer);

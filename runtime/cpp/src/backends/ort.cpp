@@ -76,6 +76,16 @@ struct Shared {
     api.call<CreatePrepackedWeightsContainer>(where, "memory for packed weights", prepacked.out());
   }
 
+  // One arena for the activations of all graphs that ask for it, which run in turns.  The environment is the process's:
+  // where somebody registered an arena before, theirs is used.
+  void register_arena() {
+    if (arena_) return;
+    arena_ = true;
+    Status* there = api.raw<CreateAndRegisterAllocator>(env.get(), static_cast<const MemoryInfo*>(memory.get()),
+                                                        static_cast<const void*>(nullptr));
+    if (there != nullptr) api.raw<ReleaseStatus>(there);
+  }
+
   ValueHeld value(const std::string& where, void* data, std::size_t bytes, const Shape& shape,
                   const std::string& dtype) const {
     ValueHeld made(api);
@@ -91,6 +101,9 @@ struct Shared {
   PrepackedHeld prepacked;
   // Weight files by path, mapped once for all graphs.
   std::map<std::string, std::shared_ptr<MappedFile>> weights;
+
+ private:
+  bool arena_ = false;
 };
 
 class OrtEngine;
@@ -152,7 +165,8 @@ void OrtEngine::set_options(OptionsHeld& made, const std::string& path, const En
   auto settings = checked_settings(name, options.settings,
                                    {{"optimization", {{"all", "extended", "basic", "none"}}},
                                     {"spinning", {{"on", "off"}}},
-                                    {"integers", {{"auto", "fast", "precise"}}}});
+                                    {"integers", {{"auto", "fast", "precise"}}},
+                                    {"arena", {{"own", "shared"}}}});
   if (simulates_fp8(name, dialect, options)) {
     // Fusions of quantizers make integer operators, which refuse FP8.
     if (settings["optimization"] == "all" || settings["optimization"] == "extended") settings["optimization"] = "basic";
@@ -169,6 +183,10 @@ void OrtEngine::set_options(OptionsHeld& made, const std::string& path, const En
     api().call<AddSessionConfigEntry>(name, "a session option", made.get(), key, value);
   };
   if (settings["integers"] == "precise") entry("session.x64quantprecision", "1");
+  if (settings["arena"] == "shared") {
+    shared_->register_arena();
+    entry("session.use_env_allocators", "1");
+  }
   entry("session.intra_op.allow_spinning", settings["spinning"] == "on" ? "1" : "0");
   api().call<SetSessionGraphOptimizationLevel>(name, "a session option", made.get(), levels.at(settings["optimization"]));
   api().call<SetIntraOpNumThreads>(name, "a session option", made.get(), options.threads);

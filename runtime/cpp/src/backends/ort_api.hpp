@@ -82,6 +82,7 @@ using CreateIoBinding = Slot<134, Status*(Session*, IoBinding**)>;
 using ReleaseIoBinding = Slot<135, void(IoBinding*)>;
 using BindInput = Slot<136, Status*(IoBinding*, const char* name, const Value*)>;
 using BindOutput = Slot<137, Status*(IoBinding*, const char* name, const Value*)>;
+using CreateAndRegisterAllocator = Slot<144, Status*(Env*, const MemoryInfo*, const void* arena)>;
 using AddInitializer = Slot<150, Status*(SessionOptions*, const char* name, const Value*)>;
 using CreatePrepackedWeightsContainer = Slot<166, Status*(Prepacked**)>;
 using ReleasePrepackedWeightsContainer = Slot<167, void(Prepacked*)>;
