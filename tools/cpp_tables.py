@@ -47,9 +47,9 @@ def second_graph(models: dict[str, Any]) -> list[str]:
     """What the reusing graph adds to the process."""
     lines = [
         "What the reusing graph of a cached bundle adds to a process that has opened and run the full one, in MB of",
-        "anonymous memory (`python benchmarks/cpp_runtime.py --only memory --variants FOLDER...`, the folders are those",
-        "of `benchmarks/caching_speed.py --keep`); both are run with two rows.  By default packed weights and",
-        "activations are shared; *apart* is a library that refuses to share packed weights, and an arena for each graph.",
+        "anonymous memory (`python benchmarks/cpp_runtime.py --only memory --variants FOLDER...`, the folders those of",
+        "`benchmarks/caching_speed.py --keep`); both are run with two rows.  By default packed weights and activations",
+        "are shared; *apart* is a library that refuses to share packed weights, and an arena of its own for each.",
         "", "| graphs | its own share of the weights | added, shared | packed apart | arenas apart | both apart |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

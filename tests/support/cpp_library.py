@@ -1,7 +1,8 @@
 """The C++ runtime from Python: its programs, each in a process of its own, so that a crash or a leak fails a test.
 
 With `QUANTEMPO_CPP_SANITIZE` set to sanitizers (`address,undefined` or `thread`), the programs are built with them; see
-tools/cpp_sanitizers.py.
+tools/cpp_sanitizers.py.  `QUANTEMPO_CPP_BUILD` names a folder of programs to use instead, such as scripts that run
+those of another processor in an emulator.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "runtime" / "cpp"
 SANITIZE = os.environ.get("QUANTEMPO_CPP_SANITIZE", "")
+BUILT = os.environ.get("QUANTEMPO_CPP_BUILD", "")
 TOOLS = shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"))
 
 
@@ -55,7 +57,9 @@ def configure_and_build(folder: Path, *options: str) -> Path:
 
 
 def build_for_tests() -> Path:
-    """The library with its programs, as the environment says: for release, or with sanitizers."""
+    """The library with its programs, as the environment says: for release, with sanitizers, or built elsewhere."""
+    if BUILT:
+        return Path(BUILT)
     if not SANITIZE:
         return configure_and_build(ROOT / "build" / "cpp", "-DQUANTEMPO_TESTS=ON")
     return configure_and_build(
