@@ -21,6 +21,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("address,undefined", "thread")
+BUILD = "from support.cpp_library import build_for_tests; build_for_tests()"
+"""Before the tests, whose time is limited."""
+TIMEOUT = 1800
+"""Seconds a test: sanitizers are slow, and other jobs may share the machine."""
 
 
 def options(sanitizer: str) -> dict[str, str]:
@@ -41,9 +45,11 @@ def run(sanitizer: str, words: list[str]) -> dict[str, Any]:
     # OpenVINO is a dozen libraries with a scheduler of their own, more than ThreadSanitizer can be told to overlook.
     chosen = ["-k", "not openvino"] if sanitizer == "thread" else []
     command = [
-        sys.executable, "-m", "pytest", "tests/cpp", "-q", "-m", "not full", "-p", "no:cacheprovider", *chosen, *words,
+        sys.executable, "-m", "pytest", "tests/cpp", "-q", "-m", "not full", "-p", "no:cacheprovider",
+        f"--timeout={TIMEOUT}", *chosen, *words,
     ]
     environment = {**os.environ, **options(sanitizer)}
+    subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT / "tests", env=environment, check=True)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}

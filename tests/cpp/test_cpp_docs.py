@@ -1,0 +1,84 @@
+"""What docs/cpp.md says to type works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from support.cpp_library import ROOT, SANITIZE, call
+from support.onnx_bundles import write_onnx_bundle
+
+PAGE = (ROOT / "docs" / "cpp.md").read_text()
+FROM_PACKAGES = ("apt ", "dpkg ")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def commands(block: str, **places: object) -> list[str]:
+    """Its lines, with the places that a reader would choose replaced; a place that is not there fails the test."""
+    for was, now in places.items():
+        assert was in block, was
+        block = block.replace(was, str(now))
+    return [line for line in block.strip().split("\n") if not line.startswith(FROM_PACKAGES)]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documented")
+    return write_onnx_bundle(folder / "b", folder / "work")
+
+
+@pytest.mark.skipif(bool(SANITIZE), reason="the example is built without sanitizers")
+def test_the_commands_and_the_example_work(built: Path, ort_library: Path, parts: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    places = {
+        "build/cpp": built, "/usr/local": installed, " out ": f" {parts} ", "-o out.png": f"--latents {tmp_path / 'l'}",
+        "/path/to/libonnxruntime.so": ort_library, "--steps 20": "--steps 5",
+    }  # fmt: skip
+    for line in commands(blocks("bash")[0], **places):
+        call("bash", "-c", f"cd {shlex.quote(str(ROOT))} && {line}")
+    assert (tmp_path / "l").stat().st_size == 4 * 8 * 8 * 4
+
+    (cmake,), (example,) = blocks("cmake"), blocks(r"cpp")
+    project = tmp_path / "project"
+    project.mkdir()
+    head = "cmake_minimum_required(VERSION 3.18)\nproject(app LANGUAGES CXX)\nadd_executable(app app.cpp)\n"
+    (project / "CMakeLists.txt").write_text(head + "target_compile_features(app PRIVATE cxx_std_17)\n" + cmake)
+    for was, now in (('"out"', f'"{parts}"'), ('"libonnxruntime.so.1"', f'"{ort_library}"')):
+        assert was in example
+        example = example.replace(was, now)
+    include, _, body = example.partition("\n")
+    text = f"{include}\n#include <cstdio>\nint main() try {{\n{body}}} catch (const quantempo::Error& error) {{\n"
+    (project / "app.cpp").write_text(text + '  std::puts(error.what());\n}\n')
+    call("cmake", "-S", project, "-B", project / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    call("cmake", "--build", project / "build")
+    # This bundle has latents of four channels, which are no picture; the three samples before it are made.
+    assert "PNG: found 4 channels" in call(project / "build" / "app")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs g++-aarch64-linux-gnu")
+def test_the_commands_for_aarch64_work(tmp_path: Path) -> None:
+    (block,) = (each for each in blocks("bash") if "aarch64" in each)
+    if not Path("/usr/lib/aarch64-linux-gnu/libz.so").exists():
+        pytest.skip("needs zlib1g-dev:arm64")
+    for line in commands(block, **{"build/arm64": tmp_path / "arm64"}):
+        call("bash", "-c", f"cd {shlex.quote(str(ROOT))} && {line}")
+    assert "aarch64" in call("readelf", "-h", tmp_path / "arm64" / "libquantempo.so").lower()
+
+
+def test_every_setting_and_option_of_the_page_exists() -> None:
+    source = (ROOT / "runtime/cpp/CMakeLists.txt").read_text()
+    for name in re.findall(r"`(QUANTEMPO_[A-Z]+)`", PAGE.partition("## Use")[0]):
+        assert re.search(rf"(option|set)\({name}\b", source), name
+    backends = "".join(path.read_text() for path in (ROOT / "runtime/cpp/src/backends").glob("*.cpp"))
+    settings = PAGE.partition("Settings (`key=value`)")[2].partition("They mean")[0]
+    words = re.findall(r"`([a-z0-9]+)`", settings)
+    assert len(words) > 15
+    for word in words:
+        assert f'"{word}"' in backends, word
