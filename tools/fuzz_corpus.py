@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto, helper
 from safetensors.numpy import save
 
 from quantempo.contracts.codec import to_data
@@ -25,37 +24,13 @@ from quantempo.engines.trt_record import EngineRecord, PlanRecord
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.bundle_maker import Shape, make_bundle, make_program
-from support.onnx_bundles import CACHED, write_onnx_bundle
+from support.onnx_bundles import CACHED, branching_graph, write_onnx_bundle
 
 MANIFEST, PROGRAM, SPLIT_PROGRAM, VECTORS, TABLE, GRAPH, RECORD, CACHED_PROGRAM = range(8)
 
 
 def compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
-
-
-def branching() -> bytes:
-    """A graph with a subgraph in which there is a weight, a node that only casts one, and sizes of every kind."""
-    number = helper.make_tensor("inside", TensorProto.FLOAT, [2], [1.0, 2.0])
-    branch = helper.make_tensor_value_info("branch", TensorProto.FLOAT, [2])
-    inner = helper.make_graph(
-        [helper.make_node("Constant", [], ["c"], value=number), helper.make_node("Add", ["c", "k"], ["branch"])],
-        "inner", [], [branch], [helper.make_tensor("k", TensorProto.FLOAT, [1], [3.0])],
-    )
-    nodes = [
-        helper.make_node("If", ["flag"], ["picked"], then_branch=inner, else_branch=inner),
-        helper.make_node("Cast", ["w"], ["v"], to=TensorProto.FLOAT),
-        helper.make_node("MatMul", ["sample", "v"], ["prediction"]),
-    ]
-    inputs = [
-        helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
-        helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["batch", None, 2]),
-    ]
-    outputs = [helper.make_tensor_value_info("prediction", TensorProto.FLOAT16, None)]
-    weight = helper.make_tensor("w", TensorProto.INT8, [2, 2], [1] * 4)
-    graph = helper.make_graph(nodes, "outer", inputs, outputs, [weight])
-    content: bytes = helper.make_model(graph).SerializeToString()
-    return content
 
 
 def record() -> EngineRecord:
@@ -104,7 +79,7 @@ def main(folder: Path) -> None:
     ramp = np.arange(8, dtype=np.float32).reshape(2, 4)
     write("vectors", VECTORS, save({"gain": ramp, "bias": ramp}))
     write("record", RECORD, compact(to_data(record())))
-    write("graph-branching", GRAPH, branching())
+    write("graph-branching", GRAPH, branching_graph())
     external = b"\x0a\x08location\x12\x0bweights.bin", b"\x0a\x06offset\x12\x0264"
     entries = b"".join(b"\x6a" + bytes([len(pair)]) + pair for pair in external)
     tensor = b"\x08\x02\x08\x03\x10\x01\x42\x01w" + entries

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto, helper
 from safetensors.numpy import save
 from support.bundle_maker import CACHE_FEATURES, make_program
 from support.cached_graphs import DENOISER, VECTORS, deciding, every, onnx_engines
@@ -43,6 +44,30 @@ CACHED = {
     10: deciding(10, replace(DECIDE, reference="last_refresh", accumulate=False, threshold=0.3, max_consecutive=3)),
 }
 """Cached programs by step count: fixed, with vectors and corrections, and two that decide."""
+
+
+def branching_graph() -> bytes:
+    """A graph with a subgraph in which there is a weight, a node that only casts one, and sizes of every kind."""
+    number = helper.make_tensor("inside", TensorProto.FLOAT, [2], [1.0, 2.0])
+    branch = helper.make_tensor_value_info("branch", TensorProto.FLOAT, [2])
+    inner = helper.make_graph(
+        [helper.make_node("Constant", [], ["c"], value=number), helper.make_node("Add", ["c", "k"], ["branch"])],
+        "inner", [], [branch], [helper.make_tensor("k", TensorProto.FLOAT, [1], [3.0])],
+    )
+    nodes = [
+        helper.make_node("If", ["flag"], ["picked"], then_branch=inner, else_branch=inner),
+        helper.make_node("Cast", ["w"], ["v"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["sample", "v"], ["prediction"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["batch", None, 2]),
+    ]
+    outputs = [helper.make_tensor_value_info("prediction", TensorProto.FLOAT16, None)]
+    weight = helper.make_tensor("w", TensorProto.INT8, [2, 2], [1] * 4)
+    graph = helper.make_graph(nodes, "outer", inputs, outputs, [weight])
+    content: bytes = helper.make_model(graph).SerializeToString()
+    return content
 
 
 def write_onnx_bundle(target: Path, work: Path, steps: Iterable[int] = (1, 2, 4, 5, 6, 9, 10)) -> Path:
