@@ -177,9 +177,9 @@ def facts(args: argparse.Namespace, place: Path, costs: Costs) -> dict[str, Any]
         "command": f"python benchmarks/compile_cost.py --layers {args.layers} --threads {args.threads} "
         "--json docs/compile_cost.json",
     }
-    peaks = {**data.get("peak_anonymous_bytes", {}), **data.get("between", {})}
+    peaks = [*data.get("peak_anonymous_bytes", {}).values(), *data.get("between", {}).values()]
     if peaks:
-        found["memory_ratio"] = round(max(peaks.values()) / weights, 3)
+        found["memory_ratio"] = round(max(peaks) / weights, 3)
     cpu, seconds = data.get("cpu_seconds", {}), data.get("seconds", {})
     if "plain sampling" in cpu:
         sampling = cpu["plain sampling"]
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--guard", default="off", help="latency guard of the compile: off, record or revert")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--place", type=Path, help="folder to work in, which is kept")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)

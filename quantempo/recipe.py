@@ -27,7 +27,7 @@ class Recipe:
         weight_method: `gptq` (scales by `mse`, then rounding that makes up for its own errors on the calibration
             data), or plain rounding with scales by `mse` or `minmax`.
         samples: calibration trajectories in all; guidance scales and step counts share them evenly.
-        batch: samples that run together.
+        batch: samples that run together, at most; fewer where each guidance scale would not get a batch otherwise.
         guidance: guidance scales that the calibration covers.
         steps: step counts that the calibration covers, with the model's own scheduler.
         schedulers: further scheduler folders whose trajectories contribute.

@@ -390,7 +390,7 @@ def compile_cost(facts: dict[str, Any]) -> str:
         "| stage | peak anonymous memory, GB | CPU seconds |", "| --- | --- | --- |",
     ]
     for stage, peak in facts["peak_anonymous_bytes"].items():
-        if stage in facts["cpu_seconds"]:
+        if facts["cpu_seconds"].get(stage, 0) >= 0.1:
             lines.append(f"| {stage} | {peak / 1e9:.2f} | {facts['cpu_seconds'][stage]:.1f} |")
     if "cpu_time_ratio_with_scan" in facts:
         lines += [

@@ -232,9 +232,22 @@ def report_facts(
         "version": REPORT_VERSION, "bundle": subject.bundle.digest, "quality": quality,
         "sites": site_counts(subject.plan), "scales": {"groups": manifest.partition.groups}, "size": size,
         "speed": asdict(speed) if speed is not None else None, "simulated": simulated(subject.bundle),
-        "command": f"quantempo report BUNDLE --samples {options.samples} --population {options.population} "
-        f"--guidance {','.join(f'{g:g}' for g in options.guidance)} --steps {options.steps}",
+        "command": _command(options),
     }
+
+
+def _command(options: ReportOptions) -> str:
+    """The command line that makes this report again; the judge and the arrays are files that only the caller knows."""
+    words = [
+        "quantempo report BUNDLE", f"--samples {options.samples}", f"--population {options.population}",
+        f"--guidance {','.join(f'{g:g}' for g in options.guidance)}", f"--steps {options.steps}",
+        f"--worst {options.worst}", f"--engine {options.engine}", f"--threads {options.threads}",
+    ]
+    if options.min_psnr_db is not None:
+        words.append(f"--min-psnr {options.min_psnr_db:g}")
+    words += ["--judge JUDGE"] if options.judge is not None else []
+    words += ["--inputs FILE"] if options.arrays else []
+    return " ".join(words)
 
 
 def _sheet(

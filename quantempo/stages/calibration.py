@@ -123,11 +123,8 @@ def calibrate(
     denoiser, taps = reference.manifest.denoiser, plan if isinstance(plan, Taps) else Taps.of(plan)
     known = calibration_programs(recipe, reference.program) if programs is None else programs
     batches = trajectory_batches(denoiser, recipe, known, arrays or {}) if batches is None else batches
-    weights = sum(reference.manifest.files[name].size for g in reference.manifest.graphs.values() for name in g.data)
     inner = tuple(name for name in taps.tensors if name not in {array.name for array in denoiser.arrays})
-    options = EngineOptions(
-        threads=recipe.threads, extra_outputs=inner, settings=MAPPED if weights > LARGE_BYTES else {}
-    )
+    options = EngineOptions(threads=recipe.threads, extra_outputs=inner, settings=large_weights(reference))
     grams = GramCollector(taps.products if recipe.weight_method == "gptq" else ())
     collector = StatsCollector("full", taps.tensors, taps.centred)
     if loop is not None:
@@ -155,6 +152,12 @@ def calibrate(
 
         statistics = run_calibration(batches, run_batch, collector, checkpoint, progress, grams)
     return Calibration(statistics, grams)
+
+
+def large_weights(bundle: OpenBundle) -> Mapping[str, str]:
+    """Settings that keep large weights in their file, where packed copies would take as much memory again."""
+    weights = sum(bundle.manifest.files[name].size for g in bundle.manifest.graphs.values() for name in g.data)
+    return MAPPED if weights > LARGE_BYTES else {}
 
 
 def fed_rows(name: str, seen: Observation, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -285,9 +288,12 @@ def trajectory_batches(
         RequestError: the recipe's calibration set is impossible, or conditioning is missing.
     """
     first = FIRST_SEED * (recipe.seed + 1)  # disjoint between recipes with different seeds
+    programs = tuple(programs)
+    # Few samples run in smaller batches, so that each guidance scale and program gets one.
+    fair = max(1, recipe.samples // max(1, len(recipe.guidance), len(programs)))
     declared = CalibrationSet(
-        samples=recipe.samples, batch=min(recipe.batch, denoiser.max_batch or recipe.batch),
-        guidance=recipe.guidance, programs=tuple(programs),
+        samples=recipe.samples, batch=min(recipe.batch, denoiser.max_batch or recipe.batch, fair),
+        guidance=recipe.guidance, programs=programs,
         labels=deal_labels(denoiser, recipe), seeds=tuple(range(first, first + recipe.samples)),
     )
     check_arrays(denoiser, arrays, recipe.guidance)

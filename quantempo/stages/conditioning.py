@@ -18,6 +18,8 @@ from quantempo.recipe import Recipe
 from quantempo.runtime.request import check_pinned
 
 Arrays = Mapping[str, NDArray[Any]]
+NEGATIVE = "negative_"
+"""Before the name of what the unconditional branch takes."""
 KINDS = (".npz", ".txt", ".json")
 
 
@@ -58,7 +60,7 @@ def resolve(
 
 
 def read_arrays(path: Path, what: str = "calibration set") -> Arrays:
-    """The arrays of a .npz file by name.
+    """The arrays of a .npz file by name; one row for the unconditional branch becomes as many as its partner has.
 
     Raises:
         RequestError: no such file, or not arrays of numbers.
@@ -73,12 +75,22 @@ def read_arrays(path: Path, what: str = "calibration set") -> Arrays:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("one array without a name")
-            return {name: file[name] for name in file.files}
+            return _with_every_row({name: file[name] for name in file.files})
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise _refuse(
             f"{what} {path}", f"a file that numpy cannot read ({error})", "arrays of numbers",
             "write it again with np.savez, without Python objects",
         ) from error
+
+
+def _with_every_row(arrays: Arrays) -> Arrays:
+    """The same arrays, with one row of `negative_NAME` (an empty prompt, say) repeated for each row of `NAME`."""
+    found = dict(arrays)
+    for name, array in arrays.items():
+        partner = arrays.get(name.removeprefix(NEGATIVE))
+        if name.startswith(NEGATIVE) and partner is not None and partner.ndim and array.ndim and len(array) == 1:
+            found[name] = np.repeat(array, len(partner), axis=0)
+    return found
 
 
 def _read_labels(path: Path, denoiser: Denoiser) -> tuple[int, ...]:
@@ -140,7 +152,7 @@ def check_arrays(
     wanted = {
         name: array
         for array in denoiser.arrays
-        for name in (array.name, *([f"negative_{array.name}"] if array.guided else []))
+        for name in (array.name, *([f"{NEGATIVE}{array.name}"] if array.guided else []))
         if name == array.name or name in arrays or not unguided
     }
     for pinned in denoiser.pinned:
@@ -154,16 +166,8 @@ def check_arrays(
                 f"{where}, array {name!r}", "a name that the model does not have", known,
                 nearest(name, wanted) if wanted else "leave the arrays out",
             )
+    _check_all_there(where, wanted, arrays)
     for name, spec in wanted.items():
-        if name not in arrays:
-            raise RequestError(
-                f"{where}, input {name!r}", found="no array",
-                wanted=f"{spec.dtype} of shape (samples, {', '.join(map(str, spec.shape))})",
-                cause="this denoiser takes conditioning that quantempo cannot make up",
-                remedy="write a .npz file with an array of this name; pass it as --calib-set to calibrate, as --inputs "
-                "to sample and to report"
-                + (", or take guidance 1, which has no unconditional branch" if name != spec.name else ""),
-            )
         _check_array(f"{where}, array {name!r}", arrays[name], spec)
     rows = {name: len(arrays[name]) for name in wanted}
     if len(set(rows.values())) > 1:
@@ -173,8 +177,29 @@ def check_arrays(
         )
 
 
+def _check_all_there(where: str, wanted: Mapping[str, ArrayInput], arrays: Arrays) -> None:
+    """Refuse missing arrays, all of them at once."""
+    missing = {name: spec for name, spec in wanted.items() if name not in arrays}
+    if not missing:
+        return
+    several = len(missing) > 1
+    raise RequestError(
+        f"{where}, input{'s' if several else ''} {', '.join(map(repr, missing))}", found="no array",
+        wanted="; ".join(f"{name}: {s.dtype} of shape {_rows_of(s)}" for name, s in missing.items()),
+        cause="this denoiser takes conditioning that quantempo cannot make up",
+        remedy=f"write a .npz file, numpy.savez(FILE, {', '.join(f'{name}=…' for name in wanted)}); pass it as "
+        "--calib-set to calibrate, as --inputs to sample and to report"
+        + (", or take guidance 1, which has no unconditional branch" if any(n != s.name for n, s in missing.items())
+           else ""),
+    )  # fmt: skip
+
+
+def _rows_of(spec: ArrayInput) -> str:
+    return f"(samples, {', '.join(map(str, spec.shape))})"
+
+
 def _check_array(where: str, array: NDArray[Any], spec: ArrayInput) -> None:
-    shape = f"(samples, {', '.join(map(str, spec.shape))})"
+    shape = _rows_of(spec)
     fits = array.ndim == len(spec.shape) + 1 and all(
         isinstance(d, str) or d == n for d, n in zip(spec.shape, array.shape[1:], strict=True)
     )

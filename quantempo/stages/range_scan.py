@@ -23,7 +23,7 @@ from quantempo.runtime.bundle import OpenBundle
 from quantempo.runtime.loop import Observation
 from quantempo.runtime.request import Request
 from quantempo.runtime.session import Session
-from quantempo.stages.calibration import ENGINE
+from quantempo.stages.calibration import ENGINE, large_weights
 
 SAMPLES = 2
 STEPS = 8
@@ -53,7 +53,7 @@ def scan_ranges(
     found: dict[str, float] = {}
     request = _request(bundle.manifest.denoiser, recipe, arrays or {})
     for part in _parts(tensors):
-        options = EngineOptions(threads=recipe.threads, extra_outputs=part)
+        options = EngineOptions(threads=recipe.threads, extra_outputs=part, settings=large_weights(bundle))
         with Session(bundle, lambda path, given: open_engine(ENGINE, path, given), options) as session:
 
             def observe(seen: Observation, outputs: Mapping[str, Buffer], part: tuple[str, ...] = part) -> None:

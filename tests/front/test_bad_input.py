@@ -251,7 +251,7 @@ def test_activations_that_are_not_finite(place: Path, tmp_path: Path) -> None:
 def test_fewer_samples_than_the_calibration_needs(place: Path, compile_tiny: Any) -> None:
     refused(
         RequestError, "calibration", "Next step",
-        work=lambda: compile_tiny(place / "bundle", samples=4, guidance=(1.0, 1.5, 4.0)),
+        work=lambda: compile_tiny(place / "bundle", samples=2, guidance=(1.0, 1.5, 4.0)),
     )
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from support import tiny_models
 
+from quantempo.calib.trajectories import ProgramChoice
 from quantempo.contracts.manifest import ArrayInput, ClassInput, Denoiser
 from quantempo.errors import RequestError
-from quantempo.pipeline import compile_model
+from quantempo.pipeline import compile_model, trajectory_batches
 from quantempo.recipe import Recipe
-from quantempo.stages.conditioning import check_arrays, resolve
+from quantempo.stages.conditioning import check_arrays, read_arrays, resolve
 
 CLASSES = Denoiser((4, 8, 8), (ClassInput("class_labels", 10, 10, {"3": "cat", "4": "dog"}),))
 ARRAYS = Denoiser((4, 8, 8), (), (ArrayInput("encoder_hidden_states", "float32", (77, 24)),))
@@ -83,6 +84,7 @@ NAME = "encoder_hidden_states"
     [
         ({"encoder_hidden_state": GOOD[NAME]}, ("a name that the model does not have", f"did you mean '{NAME}'?")),
         ({NAME: None}, (f"input '{NAME}'", "found no array", "float32 of shape (samples, 77, 24)", "--calib-set")),
+        (dict.fromkeys(GOOD), (f"inputs '{NAME}', 'negative_{NAME}'", f"savez(FILE, {NAME}=…, negative_{NAME}=…)")),
         ({NAME: GOOD[NAME][:, :70]}, ("shape (3, 70, 24)", "(samples, 77, 24)")),
         ({NAME: GOOD[NAME][0]}, ("shape (77, 24)",)),
         ({NAME: GOOD[NAME].astype(np.float64)}, ("type float64", ".astype('float32')")),
@@ -97,6 +99,14 @@ def test_arrays_that_do_not_fit_are_named(changes: dict[str, Any], words: tuple[
         check_arrays(ARRAYS, given)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_one_empty_prompt_is_enough_for_all_samples(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{**GOOD, f"negative_{NAME}": GOOD[f"negative_{NAME}"][:1]})
+    found = read_arrays(tmp_path / "a.npz")
+    check_arrays(ARRAYS, found)
+    assert len(found[f"negative_{NAME}"]) == len(GOOD[NAME])
+    assert np.all(found[f"negative_{NAME}"] == GOOD[f"negative_{NAME}"][0])
 
 
 def test_a_model_without_arrays_takes_none() -> None:
@@ -120,3 +130,11 @@ def test_a_file_of_arrays_calibrates_a_model_with_prompts(tmp_path: Path) -> Non
                     calibration=str(tmp_path / "a.npz"))  # fmt: skip
     made = compile_model(model, tmp_path / "bundle", recipe, scheduler=model / "scheduler")
     assert made.quantized > 0
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(8, 2), (4, 1), (64, 16)])
+def test_few_samples_run_in_smaller_batches(samples: int, batch: int) -> None:
+    recipe = Recipe(samples=samples, guidance=(1.0, 1.5, 4.0, 7.0), steps=(4, 8))
+    made = trajectory_batches(CLASSES, recipe, (ProgramChoice(4), ProgramChoice(8)), {})
+    assert {len(one.seeds) for one in made} == {batch}
+    assert {one.guidance for one in made} == set(recipe.guidance)

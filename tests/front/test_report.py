@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 
 import quantempo
 from quantempo.calib.ranges import METHODS
+from quantempo.cli import app
 from quantempo.contracts.table import ScaleTable
 from quantempo.demo import JUDGE
 from quantempo.errors import QualityNotReached
@@ -119,6 +121,8 @@ def test_the_command_in_the_file_makes_the_report(facts: dict[str, Any]) -> None
     assert options["--guidance"] == "1.5,4"
     assert options["--steps"] == "4"
     assert options["--population"] == "24"
+    assert (options["--judge"], options["--engine"]) == ("JUDGE", "ort")
+    get_command(app).commands["report"].make_context("report", command[2:])  # type: ignore[attr-defined]
 
 
 def test_the_sheet_shows_float_one_scale_and_groups(made: Any, dit_bundle: OpenBundle) -> None:
