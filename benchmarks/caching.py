@@ -9,8 +9,9 @@ Every variant runs the same held-out seeds, whose final latents are compared wit
 number of steps.  Cases that the JSON file holds already are left out, so an interrupted run goes on where it stopped.
 
 *naive* is INT8 with groups and reuse at every N-th call, nothing else: one scale table, no corrections.  *programmed*
-has the measured schedule instead, *full* also its own scales and all corrections that the guard keeps; *even* has them
-on the even schedule.
+has the schedule that is best without corrections instead; *full* is what `compile --cache programmed:N` makes: the
+schedule that is best with corrections, its own scales, and all corrections that the guard keeps; *even* has them on the
+even schedule.
 
 `equal-time` compares the 50-step rows with the float model at as many steps as fit in the same time, at batch 32; `tap`
 compares calibration samples chosen from cached trajectories with uniform draws; `dynamic` runs the policies that decide
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--cut", default="", help="as compile --cache-cut")
     parser.add_argument("--samples", type=int, default=200, help="held-out seeds")
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--calibration", type=int, help="trajectories that scales are from; default: the recipe's")
     parser.add_argument("--fit", type=int, default=32, help="trajectories that corrections are fitted on")
     parser.add_argument("--checks", type=int, default=16, help="trajectories that the guard judges by")
     parser.add_argument("--cases", nargs="+", default=[f"{s}:{n}" for s, n in CASES], help="STEPS:N or STEPS:N:SAMPLES")
@@ -161,7 +163,9 @@ def main() -> None:
 def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
     """The quantized model, from the store or calibrated."""
     model, scheduler, recipe = SOURCES[args.model]
-    recipe = dataclasses.replace(recipe, cache="every:2", cache_cut=args.cut, threads=1)
+    recipe = dataclasses.replace(
+        recipe, cache="every:2", cache_cut=args.cut, threads=1, samples=args.calibration or recipe.samples
+    )
     with open_store(args.work, console_progress()) as store:
         parts, graphs, _ = open_parts(store, Path(model), scheduler, recipe)
     corrections = fitted_corrections(graphs.cut)
@@ -187,11 +191,11 @@ def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Nam
     reference = subject.reference(plain)
     made = {"uncached": subject.latents("quantized", plain)} if args.uncached else {}
     even = every(len(plain.calls), interval)
-    schedule = subject.schedules(plain).schedule("programmed", interval)
+    found = {known: subject.schedules(plain).schedule("programmed", interval, known) for known in (False, True)}
     made["naive"] = subject.latents("quantized", scheduled(bench, plain, even))
-    made["programmed"] = subject.latents("quantized", scheduled(bench, plain, schedule))
+    made["programmed"] = subject.latents("quantized", scheduled(bench, plain, found[False]))
     kept = {}
-    for name, refreshes in (("full", schedule), ("even", even)):
+    for name, refreshes in (("full", found[True]), ("even", even)):
         if name not in wanted:
             continue
         cached = scheduled(bench, plain, refreshes)
@@ -203,10 +207,12 @@ def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Nam
     results = read(args.json)
     row = {
         "samples": subject.samples, "steps": steps, "interval": interval, "guidance": settings.guidance,
-        "cut": subject.cut.kind, "programmed": list(schedule), "guard": kept, "fitted_on": settings.samples,
+        "cut": subject.cut.kind, "guard": kept, "fitted_on": settings.samples,
+        "programmed": list(found[False]), "full": list(found[True]),
         **compare(subject, made, reference),
         "command": f"python benchmarks/caching.py --model {args.model} --cases {steps}:{interval} --samples "
-        f"{subject.samples} --fit {args.fit} --checks {args.checks}" + (f" --cut {args.cut}" if args.cut else ""),
+        f"{subject.samples} --fit {args.fit} --checks {args.checks}" + (f" --cut {args.cut}" if args.cut else "")
+        + (f" --calibration {args.calibration}" if args.calibration else ""),
     }
     results.setdefault("quality", {})[f"{key}{f', {args.cut}' if args.cut else ''}"] = row
     write(args.json, results)

@@ -298,7 +298,11 @@ import onnxruntime
 start = anonymous()
 engines = [open_engine("ort", Path(p), EngineOptions(threads=1, settings={"arena": "shared"})) for p in sys.argv[1:]]
 opened = anonymous() - start
-bindings = [e.bind({"batch": 2}) for e in engines]
+bindings, buffers = [], {}
+for e in engines:  # tensors are shared by name, as the runtime does
+    known = {n: b for n, b in buffers.items() if n in e.inputs or n in e.outputs}
+    bindings.append(e.bind({"batch": 2}, known))
+    buffers.update({**bindings[-1].inputs, **bindings[-1].outputs})
 for b in bindings: b.run()
 print(opened, anonymous() - start)
 """

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.calib.cache.history import TERMS, least_squares, squared_error
+from quantempo.calib.cache.history import TERMS, HistoryCorrection, identity, least_squares, squared_error
+from quantempo.calib.cache.schedules import check_schedule
 from quantempo.errors import RequestError
 
 Floats = NDArray[np.float64]
@@ -23,12 +25,13 @@ TINY = float(np.finfo(np.float64).tiny)
 
 
 class ReuseErrors:
-    """Second moments of the terms of the history correction, for each call and each refresh that may serve it.
+    """Second moments of the terms of the history correction, for each call, each refresh that may serve it, and each
+    refresh that may have come before that one.
 
     Args:
         calls: of the program.
         longest: the largest group of calls that one refresh may serve, itself included.
-        interval: distance of the refresh before the serving one, which the history correction reads too.
+        interval: mean distance of refreshes, at which errors are judged.
     """
 
     def __init__(self, calls: int, longest: int, interval: int) -> None:
@@ -39,16 +42,12 @@ class ReuseErrors:
             )
         self.calls, self.longest, self.interval = calls, min(longest, calls), interval
         size = len(TERMS) + 1
-        self._moments: Floats = np.zeros((calls, self.longest, size, size))
+        self._moments: Floats = np.zeros((calls, self.longest, self.longest + 1, size, size))
         self._elements: Floats = np.zeros((calls, self.longest))
 
-    def before(self, refresh: int) -> int:
-        """The refresh before a refresh."""
-        return max(0, refresh - self.interval)
-
     def observe(
-        self, call: int, refresh: int, reused: NDArray[Any], last: NDArray[Any], before: NDArray[Any],
-        fed: NDArray[Any], wanted: NDArray[Any],
+        self, call: int, refresh: int, reused: NDArray[Any], predictions: Sequence[NDArray[Any]], fed: NDArray[Any],
+        wanted: NDArray[Any],
     ) -> None:
         """Add one call that was tried; all arrays (rows, …), after guidance.
 
@@ -56,13 +55,14 @@ class ReuseErrors:
             call: its index.
             refresh: index of the call whose features it reused.
             reused: the reusing graph's prediction.
-            last: prediction at the refresh.
-            before: prediction at the refresh before it.
+            predictions: of the full graph, at all calls up to the refresh at least.
             fed: what the denoiser was fed at the call.
             wanted: the prediction of the full graph.
         """
-        terms = np.stack([np.asarray(v, np.float64).ravel() for v in (reused, last, before, fed, wanted)])
-        self._moments[call, call - refresh] += terms @ terms.T
+        for gap in range(min(1, refresh), min(refresh, self.longest) + 1):
+            parts = (reused, predictions[refresh], predictions[refresh - gap], fed, wanted)
+            terms = np.stack([np.asarray(v, np.float64).ravel() for v in parts])
+            self._moments[call, call - refresh, gap] += terms @ terms.T
         self._elements[call, call - refresh] += terms.shape[1]
 
     def errors(self, corrected: bool) -> Floats:
@@ -71,10 +71,22 @@ class ReuseErrors:
         found[:, 0] = 0.0
         plain = np.eye(len(TERMS))[0]
         for call, distance in zip(*np.nonzero(self._elements), strict=True):
-            moments = self._moments[call, distance]
+            moments = self._moments[call, distance, min(self.interval, self.longest, call - distance)]
             coefficients = least_squares(moments) if corrected else plain
             found[call, distance] = squared_error(moments, coefficients) / self._elements[call, distance]
         return found
+
+    def history(self, refreshes: Sequence[int]) -> HistoryCorrection:
+        """The history correction of a schedule, as these runs would have it; the identity where none tried it."""
+        coefficients = np.tile(identity(), (self.calls, 1))
+        schedule = check_schedule(refreshes, self.calls)
+        for number, (refresh, stop) in enumerate(pairwise((*schedule, self.calls))):
+            gap = min(refresh - schedule[number - 1], self.longest) if number else 0
+            for call in range(refresh + 1, min(stop, refresh + self.longest)):
+                if self._elements[call, call - refresh]:
+                    coefficients[call] = least_squares(self._moments[call, call - refresh, gap])
+        unknown = np.zeros(self.calls)
+        return HistoryCorrection(coefficients, unknown, unknown)
 
     def gains(self, sensitivities: Mapping[int, float]) -> Floats:
         """Per call, squared error of the final latents per squared error of the prediction.

@@ -226,33 +226,64 @@ def programmed(costs: Floats, interval: int, bounds: tuple[int, int] | None = No
     return borders[:-1]
 
 
-def improved(
-    refreshes: Sequence[int], calls: int, longest: int, error: Callable[[Schedule], float], runs: int
-) -> Schedule:
-    """A schedule with the same number of refreshes and no larger error, by moving one refresh by one call at a time.
+def shifted(refreshes: Sequence[int], calls: int, longest: int) -> list[Schedule]:
+    """All schedules in which some consecutive refreshes lie one call earlier or later, the fewest moved first.
+
+    Two groups change their length, those between keep theirs: a schedule can so take a call from one end of the program
+    and give it to the other.
 
     Args:
-        refreshes: where to start.
+        refreshes: the schedule.
         calls: of the program.
         longest: the largest group of calls.
-        error: of a schedule, measured; it may be slow.
+    """
+    found = []
+    for size in range(1, len(refreshes)):
+        for first in range(1, len(refreshes) - size + 1):
+            for step in (-1, 1):
+                part = tuple(r + step for r in refreshes[first : first + size])
+                moved = (*refreshes[:first], *part, *refreshes[first + size :])
+                if all(0 < b - a <= longest for a, b in pairwise((*moved, calls))):
+                    found.append(moved)
+    return found
+
+
+def clearly_lower(one: Floats, other: Floats) -> bool:
+    """Whether errors of the same samples are lower in `one`, by more than the standard error of their difference."""
+    gain = other - one
+    return float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain))
+
+
+def improved(
+    refreshes: Sequence[int], calls: int, longest: int, error: Callable[[Schedule], Floats], runs: int,
+    cost: Callable[[Schedule], float] | None = None,
+) -> Schedule:
+    """A schedule with as many refreshes and a clearly lower error, by moving refreshes by one call at a time.
+
+    Args:
+        refreshes: where to start; given back where nothing is clearly lower.
+        calls: of the program.
+        longest: the largest group of calls.
+        error: of a schedule, measured, one value per sample; it may be slow.
         runs: how often it is asked at most.
+        cost: a guess of the error, by which moves are sorted; default: the fewest moved refreshes first.
     """
     best = check_schedule(refreshes, calls)
-    lowest, asked, changed = error(best), 0, True
-    while changed and asked < runs:
-        changed = False
-        for index in range(1, len(best)):
-            for step in (-1, 1):
-                moved = (*best[:index], best[index] + step, *best[index + 1 :])
-                gaps = [b - a for a, b in pairwise((*moved, calls))]
-                if asked >= runs or not all(0 < gap <= longest for gap in gaps):
-                    continue
-                asked += 1
-                found = error(moved)
-                if found < lowest:
-                    best, lowest, changed = moved, found, True
-    return best
+    lowest, asked = error(best), 0
+    tried = {best}
+    while True:
+        moves = [m for m in shifted(best, calls, longest) if m not in tried]
+        for moved in moves if cost is None else sorted(moves, key=cost):
+            if asked >= runs:
+                return best
+            asked += 1
+            tried.add(moved)
+            found = error(moved)
+            if clearly_lower(found, lowest):
+                best, lowest = moved, found
+                break
+        else:
+            return best
 
 
 def cost_of(costs: Floats, refreshes: Sequence[int]) -> float:

@@ -154,6 +154,11 @@ class VariantBench:
             for name, v in self.set.variants.items()
         })  # fmt: skip
 
+    def quantize_plainly(self) -> None:
+        """Lower all variants with the model's own scales, where they are not lowered yet."""
+        if self._quantized is None:
+            self.quantize(dict.fromkeys(self.set.variants, self.parts.table))
+
     def tensors(self, variant: str) -> tuple[str, ...]:
         """The tensors of a variant that need scales."""
         from quantempo.export.lower_variant import variant_plan

@@ -1,19 +1,23 @@
-"""The schedule of a policy, with the measurements on the float model that it takes."""
+"""The schedule of a policy, with the measurements that it takes."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
-from quantempo.calib.cache.reuse_errors import ReuseErrors, probed_calls
+from quantempo.calib.cache.history import HistoryCorrection, correct_by_history
+from quantempo.calib.cache.reuse_errors import TINY, ReuseErrors, probed_calls
 from quantempo.calib.cache.schedules import (
     Schedule,
     bounds_of,
-    check_schedule,
+    clearly_lower,
+    cost_of,
     every,
     improved,
     power_law,
@@ -24,24 +28,35 @@ from quantempo.contracts.cache import FULL, reuse_name
 from quantempo.contracts.engine import Buffer
 from quantempo.contracts.program import StepProgram
 from quantempo.runtime.loop import Observation
-from quantempo.stages.cache_runs import CacheSettings, Float32s, VariantBench, guided, program_batches
+from quantempo.stages.cache_runs import (
+    CacheSettings,
+    Float32s,
+    VariantBench,
+    check_batches,
+    guided,
+    program_batches,
+)
 from quantempo.stages.teacher import GIVEN
 
 TRIED_SAMPLES, TRIED_BATCH = 4, 2
 """Trajectories on which reuse is tried, and how many run together: all their features of several calls are kept."""
-SEARCH_SAMPLES = 8
+SEARCH_SAMPLES = 16
 """Trajectories on which whole schedules are compared."""
-PROBED_CALLS, SEARCH_RUNS = 24, 36
+PROBED_CALLS, SEARCH_RUNS = 24, 40
 EXPONENTS, DAMPING = (0.25, 0.5, 1.0), (0.5, 1.0)
 """Powers of the squared errors, and of the gains, under which dynamic programming proposes schedules: errors of calls
 are neither independent nor all in one direction, so which sum comes closest is measured."""
+POWERS = (1.15, 1.3)
+
+Errors = NDArray[np.float64]
+"""Mean squared error of the final latents, per sample."""
 
 
 class ScheduleSearch:
     """Schedules for one program; what several of them need is measured once.
 
     Args:
-        bench: with one reusing variant.
+        bench: with one reusing variant; it is quantized with the model's own scales where it is not yet.
         settings: of the runs.
         program: uncached.
     """
@@ -49,53 +64,103 @@ class ScheduleSearch:
     def __init__(self, bench: VariantBench, settings: CacheSettings, program: StepProgram) -> None:
         self._bench, self._settings, self._program = bench, settings, program
         self._sensitivities: dict[int, float] | None = None
-        self._error: Callable[[Schedule], float] | None = None
 
-    def schedule(self, name: str, interval: int) -> Schedule:
+    def schedule(self, name: str, interval: int, corrected: bool | None = None) -> Schedule:
         """The schedule of a policy.
 
         Args:
             name: `every`, `power` or `programmed`.
             interval: mean number of calls per refresh.
+            corrected: whether `programmed` is for runs with the history correction; default: where it will be fitted.
         """
         calls = len(self._program.calls)
-        if interval >= calls or name == "every":
+        if interval >= calls or interval == 1 or name == "every":
             return every(calls, interval)
-        return power_law(calls, interval) if name == "power" else self._programmed(interval)
+        if name == "power":
+            return power_law(calls, interval)
+        return self._programmed(interval, "history" in self._settings.corrections if corrected is None else corrected)
 
-    def _programmed(self, interval: int) -> Schedule:
+    def _programmed(self, interval: int, corrected: bool) -> Schedule:
         bench, settings, program = self._bench, self._settings, self._program
         calls, bounds = len(program.calls), (1, bounds_of(interval)[1])
-        if self._sensitivities is None or self._error is None:
+        if self._sensitivities is None:
             self._sensitivities = sensitivities(bench, settings, program)
-            self._error = final_error(bench, settings, program)
-        errors = reuse_errors(bench, settings, program, interval)
-        gains = errors.gains(self._sensitivities)
-        proposals = [every(calls, interval)]
-        for corrected in (False, True):
-            for exponent, damping in product(EXPONENTS, DAMPING):
-                proposals.append(programmed(errors.costs(gains**damping, corrected, exponent), interval, bounds))
-        best = min(dict.fromkeys(proposals), key=self._error)
-        return check_schedule(improved(best, calls, bounds[1], self._error, SEARCH_RUNS), calls)
+        bench.quantize_plainly()
+        reuse = reuse_errors(bench, settings, program, interval)
+        gains, even = reuse.gains(self._sensitivities), every(calls, interval)
+        models = [
+            reuse.costs(gains**damping, known, exponent)
+            for known, exponent, damping in product((False, True), EXPONENTS, DAMPING)
+        ]
+        history = reuse.history if corrected else None
+        runs = WholeRuns(bench, program, search_batches(bench, settings, program), history)
+        proposals = [power_law(calls, interval, power, at) for power, at in product(POWERS, (0.0, float(calls)))]
+        proposals = [even, *(p for p in proposals if math.isfinite(cost_of(models[0], p)))]
+        proposals += [programmed(costs, interval, bounds) for costs in models]
+        measured = {proposal: float(runs.error(proposal).mean()) for proposal in dict.fromkeys(proposals)}
+        guess = closest_costs(models, measured)
+        best = improved(
+            min(measured, key=measured.__getitem__), calls, bounds[1], runs.error, SEARCH_RUNS,
+            lambda refreshes: cost_of(guess, refreshes),
+        )
+        judge = WholeRuns(bench, program, check_batches(bench, settings, program), history)
+        return best if best == even or clearly_lower(judge.error(best), judge.error(even)) else even
 
 
-def final_error(
+class WholeRuns:
+    """Whole runs of the quantized model under schedules, against uncached ones of the float model.
+
+    Args:
+        bench: quantized.
+        program: uncached.
+        batches: to run.
+        history: corrects predictions, given a schedule; `None` for no correction.
+    """
+
+    def __init__(
+        self, bench: VariantBench, program: StepProgram, batches: Sequence[TrajectoryBatch],
+        history: Callable[[Schedule], HistoryCorrection] | None,
+    ) -> None:
+        self._bench, self._program, self._batches, self._history = bench, program, batches, history
+        self._sample = bench.parts.manifest.denoiser.sample_input
+        loop = bench.loop("float", bench.identity_vectors(len(program.calls)))
+        self._wanted = [bench.run(loop, program, batch).astype(np.float64) for batch in batches]
+        self._known: dict[Schedule, Errors] = {}
+
+    def error(self, refreshes: Schedule) -> Errors:
+        """Mean squared error of the final latents, per sample."""
+        if refreshes not in self._known:
+            bench, program = self._bench, scheduled(self._bench, self._program, refreshes)
+            if self._history is not None:
+                program = correct_by_history(program, self._history(refreshes), refreshes, self._sample)
+            loop = bench.loop("quantized", bench.identity_vectors(len(program.calls)))
+            squares = [
+                (bench.run(loop, program, batch) - wanted) ** 2
+                for batch, wanted in zip(self._batches, self._wanted, strict=True)
+            ]
+            self._known[refreshes] = np.concatenate([s.reshape(len(s), -1).mean(axis=1) for s in squares])
+        return self._known[refreshes]
+
+
+def closest_costs(models: Sequence[Errors], measured: Mapping[Schedule, float]) -> Errors:
+    """The cost matrix whose costs of schedules go most nearly with what was measured, on logarithmic scales."""
+    def agreement(costs: Errors) -> float:
+        guessed = np.array([max(cost_of(costs, schedule), TINY) for schedule in measured])
+        pair = np.log(np.stack([guessed, np.maximum(list(measured.values()), TINY)]))
+        return float(np.corrcoef(pair)[0, 1]) if pair.std(axis=1).min() > 0 else 0.0
+
+    return max(models, key=agreement)
+
+
+def search_batches(
     bench: VariantBench, settings: CacheSettings, program: StepProgram
-) -> Callable[[Schedule], float]:
-    """A function from schedules to the mean squared error of the final latents of the float model under them."""
-    samples = SEARCH_SAMPLES if len(program.calls) <= 25 else SEARCH_SAMPLES // 2
-    (few,) = few_batches(bench, settings, program, samples, samples)
-    loop = bench.loop("float", bench.identity_vectors(len(program.calls)))
-    wanted = bench.run(loop, program, few).astype(np.float64)
-    known: dict[Schedule, float] = {}
-
-    def error(refreshes: Schedule) -> float:
-        if refreshes not in known:
-            got = bench.run(loop, scheduled(bench, program, refreshes), few)
-            known[refreshes] = float(np.mean((got - wanted) ** 2))
-        return known[refreshes]
-
-    return error
+) -> tuple[TrajectoryBatch, ...]:
+    """The trajectories that schedules are compared on: others than reuse is tried on, where there are enough."""
+    whole = program_batches(bench, settings, program)
+    seeds, labels = ([x for batch in whole for x in getattr(batch, name)] for name in ("seeds", "labels"))
+    start = TRIED_SAMPLES if len(seeds) >= TRIED_SAMPLES + SEARCH_SAMPLES else 0
+    picked = slice(start, start + SEARCH_SAMPLES)
+    return (replace(whole[0], seeds=tuple(seeds[picked]), labels=tuple(labels[picked])),)
 
 
 def scheduled(bench: VariantBench, program: StepProgram, refreshes: Schedule) -> StepProgram:
@@ -128,10 +193,7 @@ def reuse_errors(bench: VariantBench, settings: CacheSettings, program: StepProg
         fed = given[denoiser.sample_input][: len(wanted)]
         for refresh, kept in features:
             made = reuse.run({**given, **kept, **neutral})[denoiser.prediction]
-            errors.observe(
-                seen.index, refresh, guided(seen, made, settings.guidance), predictions[refresh],
-                predictions[errors.before(refresh)], fed, wanted,
-            )
+            errors.observe(seen.index, refresh, guided(seen, made, settings.guidance), predictions, fed, wanted)
         features.append((seen.index, {name: outputs[name].array.copy() for name in reads}))
         predictions.append(wanted)
 

@@ -133,6 +133,16 @@ def test_two_lowerings_give_the_same_bytes(setup: tuple[ir.Model, QuantPlan, Sca
     assert first == second
 
 
+def test_onnx_runtime_infers_shapes_of_inner_values_itself(setup: tuple[ir.Model, QuantPlan, ScaleTable]) -> None:
+    model, plan, table = setup
+    shapes = {value.name: value.shape for node in model.graph for value in node.outputs}
+    lowered = lower_ort(model, plan, table)
+    written = ir.to_proto(lowered).graph
+    assert {info.name for info in written.value_info} <= {i.name for i in written.initializer}
+    assert all(value.shape is not None and value.dtype is not None for value in lowered.graph.outputs)
+    assert {value.name: value.shape for node in model.graph for value in node.outputs} == shapes
+
+
 def test_float_values_keep_their_names(setup: tuple[ir.Model, QuantPlan, ScaleTable]) -> None:
     model, plan, table = setup
     names = ["block.to_q.out", "block.to_k.product", "time.out", "conv_in.product", "conv_1x1.out"]

@@ -11,12 +11,14 @@ from quantempo.calib.cache.schedules import (
     bounds_of,
     capped,
     check_schedule,
+    clearly_lower,
     cost_of,
     every,
     improved,
     power_law,
     programmed,
     serving,
+    shifted,
 )
 from quantempo.errors import RequestError
 
@@ -170,20 +172,52 @@ def test_settings_out_of_range_are_refused() -> None:
             make()
 
 
-def test_moving_refreshes_finds_the_best_neighbour_and_never_loses() -> None:
+def test_moving_refreshes_finds_the_best_schedule_and_never_loses() -> None:
     wanted = (0, 4, 5, 9)
 
-    def error(refreshes: tuple[int, ...]) -> float:
-        return float(sum((a - b) ** 2 for a, b in zip(refreshes, wanted, strict=True)))
+    def error(refreshes: tuple[int, ...]) -> np.ndarray:
+        return np.full(3, float(sum((a - b) ** 2 for a, b in zip(refreshes, wanted, strict=True))))
 
     asked: list[tuple[int, ...]] = []
 
-    def counted(refreshes: tuple[int, ...]) -> float:
+    def counted(refreshes: tuple[int, ...]) -> np.ndarray:
         asked.append(refreshes)
         return error(refreshes)
 
-    assert improved(every(12, 3), 12, 6, counted, 100) == wanted
+    start = every(12, 3)
+    assert improved(start, 12, 6, counted, 100) == wanted
     assert all(len(r) == 4 and r[0] == 0 for r in asked)
-    short = improved(every(12, 3), 12, 6, error, 2)
-    assert error(short) <= error(every(12, 3))
-    assert improved(every(12, 3), 12, 3, error, 100) == every(12, 3)  # no room within the longest group
+    assert len(set(asked)) == len(asked)
+    assert error(improved(start, 12, 6, error, 2)).mean() <= error(start).mean()
+    assert improved(start, 12, 3, error, 100) == start  # no room within the longest group
+
+
+def test_a_good_guess_of_the_error_needs_few_runs() -> None:
+    wanted = (0, 2, 5, 8, 12)
+
+    def distance(refreshes: tuple[int, ...]) -> float:
+        return float(sum(abs(a - b) for a, b in zip(refreshes, wanted, strict=True)))
+
+    assert improved((0, 3, 6, 9, 12), 15, 6, lambda r: np.full(2, distance(r)), 1, distance) == wanted
+
+
+def test_a_gain_within_the_spread_of_the_samples_moves_nothing() -> None:
+    start, spread = every(6, 3), np.array([-1.0, 1.0, -1.0, 1.0])
+
+    def error(refreshes: tuple[int, ...]) -> np.ndarray:
+        return np.ones(4) if refreshes == start else 0.9 + spread
+
+    assert improved(start, 6, 6, error, 100) == start
+    assert clearly_lower(np.zeros(4), np.ones(4))
+    assert not clearly_lower(np.ones(4), np.ones(4))
+
+
+def test_shifts_keep_the_number_of_refreshes_and_change_two_groups() -> None:
+    start, found = every(8, 2), shifted(every(8, 2), 8, 3)
+    assert (0, 1, 3, 5) in found
+    assert (0, 1, 4, 6) in found
+    assert len(set(found)) == len(found)
+    for moved in found:
+        groups = [np.diff((*schedule, 8)) for schedule in (start, moved)]
+        assert sorted(abs(groups[1] - groups[0]))[-3:] == [0, 1, 1]
+    assert shifted((0,), 8, 8) == []
