@@ -6,7 +6,8 @@
     python benchmarks/caching.py --model dit --part equal-time --work WORK --json docs/caching.json
 
 Every variant runs the same held-out seeds, whose final latents are compared with those of the float model at the same
-number of steps.  Cases that the JSON file holds already are left out, so an interrupted run goes on where it stopped.
+number of steps.  Cases that the JSON file holds already are left out, and of the others what the folder WORK holds, so
+an interrupted run goes on where it stopped.
 
 *naive* is INT8 with groups and reuse at every N-th call, nothing else: one scale table, no corrections.  *programmed*
 has the schedule that is best without corrections instead; *full* is what `compile --cache programmed:N` makes: the
@@ -28,7 +29,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from quantempo.calib.collect import StatsCollector
 from quantempo.calib.tables import build_table
 from quantempo.calib.trajectories import TrajectoryBatch
 from quantempo.contracts.cache import FULL, Cut, reuse_name
+from quantempo.contracts.codec import canonical_json, digest
 from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.partition import Partition
 from quantempo.contracts.program import StepProgram
@@ -74,7 +77,13 @@ from quantempo.stages.teacher import GIVEN
 
 Latents = NDArray[np.float64]
 CASES = ((20, 2), (20, 3), (50, 3), (50, 2), (50, 5))
+LABELS = 256
+"""As many as the demo recipes calibrate with, whatever `--calibration` says: held-out runs take the first of them."""
 RESAMPLES = 2000
+
+
+class Stopped(Exception):
+    """The time is up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,22 +97,37 @@ class Subject:
     settings: CacheSettings
     samples: int
     batch: int
-    kept: dict[Any, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    stop_after: float = math.inf
+    kept: dict[int, ScheduleSearch] = field(default_factory=dict)
 
     def reference(self, program: StepProgram) -> Latents:
         """Final latents of the float model, computed once."""
-        key = "float", program.steps, self.samples
-        if key not in self.kept:
-            self.kept[key] = self.latents("float", program)
-        found: Latents = self.kept[key]
+        name = f"float-{program.steps}-{self.samples}.npy"
+        return self.once(self.folder and self.folder / name, lambda: self.latents("float", program))
+
+    def once(self, path: Path | None, make: Callable[[], Latents]) -> Latents:
+        """What a file holds, or what is made and kept there."""
+        if path is not None and path.exists():
+            found: Latents = np.load(path)
+            return found
+        self.pause()
+        found = make()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, found)
         return found
+
+    def pause(self) -> None:
+        """Go on with another part, unless the time is up."""
+        if time.process_time() > self.stop_after:
+            raise Stopped
 
     def schedules(self, program: StepProgram) -> ScheduleSearch:
         """The search for schedules of a number of steps."""
         if program.steps not in self.kept:
             self.kept[program.steps] = ScheduleSearch(self.bench, self.settings, program)
-        found: ScheduleSearch = self.kept[program.steps]
-        return found
+        return self.kept[program.steps]
 
     def batches(self, program: StepProgram) -> tuple[TrajectoryBatch, ...]:
         """The held-out trajectories."""
@@ -137,6 +161,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="held-out seeds")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--calibration", type=int, help="trajectories that scales are from; default: the recipe's")
+    parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS",
+                        help="of CPU time: stop after the part in work; the same command goes on there")
     parser.add_argument("--fit", type=int, default=32, help="trajectories that corrections are fitted on")
     parser.add_argument("--checks", type=int, default=16, help="trajectories that the guard judges by")
     parser.add_argument("--cases", nargs="+", default=[f"{s}:{n}" for s, n in CASES], help="STEPS:N or STEPS:N:SAMPLES")
@@ -154,70 +180,115 @@ def main() -> None:
         if args.part != "quality":
             PARTS[args.part](subject, args)
         else:
-            for case in args.cases:
-                steps, interval, *samples = map(int, case.split(":"))
-                measure_case(replace(subject, samples=(samples or [args.samples])[0]), steps, interval, args)
+            with suppress(Stopped):
+                for case in args.cases:
+                    steps, interval, *samples = map(int, case.split(":"))
+                    measure_case(replace(subject, samples=(samples or [args.samples])[0]), steps, interval, args)
         subject.bench.close()
 
 
 def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
     """The quantized model, from the store or calibrated."""
     model, scheduler, recipe = SOURCES[args.model]
+    samples = args.calibration or recipe.samples
     recipe = dataclasses.replace(
-        recipe, cache="every:2", cache_cut=args.cut, threads=1, samples=args.calibration or recipe.samples
+        recipe, cache="every:2", cache_cut=args.cut, threads=1, samples=samples,
+        batch=min(recipe.batch, samples // len(recipe.guidance)),
     )
     with open_store(args.work, console_progress()) as store:
-        parts, graphs, _ = open_parts(store, Path(model), scheduler, recipe)
+        parts, graphs, keys = open_parts(store, Path(model), scheduler, recipe)
     corrections = fitted_corrections(graphs.cut)
     bench = VariantBench(parts, folder, {reuse_name(0): graphs.cut}, "feature" in corrections)
     settings = CacheSettings(
         "every:2", graphs.cut, corrections, samples=args.fit, checks=args.checks, batch=min(32, args.fit),
-        labels=deal_labels(parts.manifest.denoiser, parts.recipe),
+        labels=deal_labels(parts.manifest.denoiser, dataclasses.replace(parts.recipe, samples=LABELS)),
     )
-    return Subject(args.model, parts, graphs.cut, bench, settings, args.samples, args.batch)
+    key = digest(canonical_json([keys, args.cut, args.fit, args.checks]))[:16]
+    kept = args.work and args.work / "cases" / key
+    return Subject(args.model, parts, graphs.cut, bench, settings, args.samples, args.batch, kept, args.stop_after)
 
 
 def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Namespace) -> None:
     """One number of steps and one interval: all variants that the file does not hold yet."""
-    key = f"{subject.name} {steps} steps, N={interval}"
-    results = read(args.json)
-    done = results.get("quality", {}).get(key, {})
-    wanted = {"naive", "programmed", "full", *(n for n in ("even", "uncached") if getattr(args, n))}
-    if wanted <= set(done.get("variants", {})) and done.get("samples") == subject.samples:
+    key = f"{subject.name} {steps} steps, N={interval}{f', {args.cut}' if args.cut else ''}"
+    done = read(args.json).get("quality", {}).get(key, {})
+    wanted = ["naive", "programmed", "full", *(n for n in ("even", "uncached") if getattr(args, n))]
+    if set(wanted) <= set(done.get("variants", {})) and done.get("samples") == subject.samples:
         return
-    bench, settings = subject.bench, subject.settings
-    plain = subject.parts.exported.program(steps)
-    bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
+    settings, plain = subject.settings, subject.parts.exported.program(steps)
     reference = subject.reference(plain)
-    made = {"uncached": subject.latents("quantized", plain)} if args.uncached else {}
-    even = every(len(plain.calls), interval)
-    found = {known: subject.schedules(plain).schedule("programmed", interval, known) for known in (False, True)}
-    made["naive"] = subject.latents("quantized", scheduled(bench, plain, even))
-    made["programmed"] = subject.latents("quantized", scheduled(bench, plain, found[False]))
-    kept = {}
-    for name, refreshes in (("full", found[True]), ("even", even)):
-        if name not in wanted:
-            continue
-        cached = scheduled(bench, plain, refreshes)
-        changes = feature_changes(bench, settings, plain, 2 * interval)
-        bench.quantize(variant_tables(bench, settings, {steps: cached}))
-        fit = fit_corrections(bench, settings, plain, cached, refreshes, changes)
-        made[name] = subject.latents("quantized", fit.program, fit.vectors)
-        kept[name] = fit.report()["final_latent_mse"]
-    results = read(args.json)
+    case = Case(subject, plain, interval)
+    made = {name: case.latents(name) for name in wanted}
     row = {
         "samples": subject.samples, "steps": steps, "interval": interval, "guidance": settings.guidance,
-        "cut": subject.cut.kind, "guard": kept, "fitted_on": settings.samples,
-        "programmed": list(found[False]), "full": list(found[True]),
+        "cut": subject.cut.kind, "guard": case.known["guard"], "fitted_on": settings.samples,
+        "programmed": case.schedule(False), "full": case.schedule(True),
         **compare(subject, made, reference),
         "command": f"python benchmarks/caching.py --model {args.model} --cases {steps}:{interval} --samples "
         f"{subject.samples} --fit {args.fit} --checks {args.checks}" + (f" --cut {args.cut}" if args.cut else "")
         + (f" --calibration {args.calibration}" if args.calibration else ""),
     }
-    results.setdefault("quality", {})[f"{key}{f', {args.cut}' if args.cut else ''}"] = row
+    results = read(args.json)
+    results.setdefault("quality", {})[key] = row
     write(args.json, results)
     print(key, {k: (round(v["psnr_db"], 2), v["final_latent_mse"]) for k, v in row["variants"].items()}, row["paired"],
           flush=True)
+
+
+class Case:
+    """What one case needs, each part kept in the work folder as soon as it is there.
+
+    Args:
+        subject: of which the case is.
+        plain: the uncached program.
+        interval: mean number of calls per refresh.
+    """
+
+    def __init__(self, subject: Subject, plain: StepProgram, interval: int) -> None:
+        self.subject, self.plain, self.interval = subject, plain, interval
+        self._folder = subject.folder and subject.folder / f"{plain.steps}-{interval}"
+        self._file = self._folder and self._folder / "known.json"
+        self.known: dict[str, Any] = {"guard": {}, "schedules": {}, **read(self._file)}
+
+    def schedule(self, corrected: bool) -> list[int]:
+        """The programmed schedule for runs with or without corrections."""
+        name = "corrected" if corrected else "plain"
+        if name not in self.known["schedules"]:
+            self.subject.pause()
+            found = self.subject.schedules(self.plain).schedule("programmed", self.interval, corrected)
+            self.known["schedules"][name] = list(found)
+            self._keep()
+        kept: list[int] = self.known["schedules"][name]
+        return kept
+
+    def latents(self, name: str) -> Latents:
+        """Final latents of a variant's held-out runs."""
+        file = f"{name}-{self.subject.samples}.npy"
+        return self.subject.once(self._folder and self._folder / file, lambda: self._run(name))
+
+    def _run(self, name: str) -> Latents:
+        subject, bench, plain = self.subject, self.subject.bench, self.plain
+        even = every(len(plain.calls), self.interval)
+        refreshes = {
+            "uncached": lambda: tuple(range(len(plain.calls))), "naive": lambda: even, "even": lambda: even,
+            "programmed": lambda: tuple(self.schedule(False)), "full": lambda: tuple(self.schedule(True)),
+        }[name]()
+        subject.pause()
+        cached = scheduled(bench, plain, refreshes)
+        if name not in ("full", "even"):
+            bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
+            return subject.latents("quantized", plain if name == "uncached" else cached)
+        changes = feature_changes(bench, subject.settings, plain, 2 * self.interval)
+        bench.quantize(variant_tables(bench, subject.settings, {plain.steps: cached}))
+        fit = fit_corrections(bench, subject.settings, plain, cached, refreshes, changes)
+        self.known["guard"][name] = fit.report()["final_latent_mse"]
+        self._keep()
+        return subject.latents("quantized", fit.program, fit.vectors)
+
+    def _keep(self) -> None:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write(self._file, self.known)
 
 
 def times(subject: Subject, args: argparse.Namespace) -> None:
@@ -249,14 +320,14 @@ def equal_time(subject: Subject, args: argparse.Namespace) -> None:
     ms = results["times"][subject.name]["ms"]
     plain = subject.parts.exported.program(50)
     decode = decoder_of(subject.parts)
-    reference = decode(subject.latents("float", plain))
+    reference = decode(subject.reference(plain))
     rows = {}
     for interval in (2, 3, 5):
         row = results["quality"].get(f"{subject.name} 50 steps, N={interval}")
         if row is None:
             continue
         steps = math.ceil(50 * ms[f"N={interval}"] / ms["float"])
-        images = decode(subject.latents("float", subject.parts.exported.program(steps)))
+        images = decode(subject.reference(subject.parts.exported.program(steps)))
         rival = float(psnr_db(images, reference).mean())
         name = max(row["variants"].keys() & {"full", "even"}, key=lambda n: row["variants"][n]["psnr_db"])
         best = row["variants"][name]["psnr_db"]
@@ -273,7 +344,7 @@ def equal_time(subject: Subject, args: argparse.Namespace) -> None:
 def dynamic(subject: Subject, args: argparse.Namespace) -> None:
     """Policies that decide at run time, at half of the calls: fidelity, and what other thresholds reuse."""
     decode, plain = decoder_of(subject.parts), subject.parts.exported.program(20)
-    reference = decode(subject.latents("float", plain))
+    reference = decode(subject.reference(plain))
     rows = {}
     for policy in ("teacache:0.5", "firstblock:0.5"):
         with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:

@@ -41,8 +41,8 @@ from quantempo.stages.teacher import GIVEN
 TRIED_SAMPLES, TRIED_BATCH = 4, 2
 """Trajectories on which reuse is tried, and how many run together: all their features of several calls are kept."""
 SEARCH_SAMPLES = 16
-"""Trajectories on which whole schedules are compared."""
-PROBED_CALLS, SEARCH_RUNS = 24, 40
+"""Trajectories on which whole schedules are compared; half as many where they are long."""
+PROBED_CALLS, SEARCH_RUNS = 24, 30
 EXPONENTS, DAMPING = (0.25, 0.5, 1.0), (0.5, 1.0)
 """Powers of the squared errors, and of the gains, under which dynamic programming proposes schedules: errors of calls
 are neither independent nor all in one direction, so which sum comes closest is measured."""
@@ -158,8 +158,9 @@ def search_batches(
     """The trajectories that schedules are compared on: others than reuse is tried on, where there are enough."""
     whole = program_batches(bench, settings, program)
     seeds, labels = ([x for batch in whole for x in getattr(batch, name)] for name in ("seeds", "labels"))
-    start = TRIED_SAMPLES if len(seeds) >= TRIED_SAMPLES + SEARCH_SAMPLES else 0
-    picked = slice(start, start + SEARCH_SAMPLES)
+    samples = SEARCH_SAMPLES if len(program.calls) <= 25 else SEARCH_SAMPLES // 2
+    start = TRIED_SAMPLES if len(seeds) >= TRIED_SAMPLES + samples else 0
+    picked = slice(start, start + samples)
     return (replace(whole[0], seeds=tuple(seeds[picked]), labels=tuple(labels[picked])),)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support import tiny_models
 
+from quantempo.calib.cache.schedules import cost_of, every
 from quantempo.calib.trajectories import FIRST_SEED
 from quantempo.contracts.cache import FULL, DeltaCut, FeatureCut, SublayerCut, check_cache_plan
 from quantempo.contracts.program import LATENTS, Correct, check_program
@@ -25,6 +26,7 @@ from quantempo.pipeline import (
 )
 from quantempo.progress import SilentProgress
 from quantempo.recipe import Recipe
+from quantempo.stages import cache_schedules
 from quantempo.stages.cache_runs import (
     CacheParts,
     CacheSettings,
@@ -33,6 +35,7 @@ from quantempo.stages.cache_runs import (
     fitting_batches,
     program_batches,
 )
+from quantempo.stages.cache_schedules import ScheduleSearch, WholeRuns, closest_costs, reuse_errors
 from quantempo.stages.caching import CacheFit, fit_cache, parse_policy
 from quantempo.stages.dynamic_caching import fit_dynamic, parse_dynamic
 
@@ -190,6 +193,37 @@ def test_decisions_at_run_time_skip_about_what_was_asked_for(
     # Decisions were replayed on uncached runs; the cached ones wander off a little.
     assert abs(reused - found.report[str(steps)]["skipped"]) < 0.3
     assert seen.count("probe") == (steps - 1) * 8
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_programmed_schedule_beats_even_spacing_on_held_out_runs_or_is_even(
+    parts: CacheParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrected: bool
+) -> None:
+    monkeypatch.setattr(cache_schedules, "SEARCH_RUNS", 6)
+    given, program = settings(samples=12, checks=8), parts.exported.program(STEPS)
+    bench, even = VariantBench(parts, tmp_path, {"reuse.0": CUT}), every(STEPS, 2)
+    found = ScheduleSearch(bench, given, program).schedule("programmed", 2, corrected)
+    assert len(found) == len(even)
+    history = reuse_errors(bench, given, program, 2).history if corrected else None
+    judge = WholeRuns(bench, program, check_batches(bench, given, program), history)
+    assert found == even or judge.error(found).mean() < judge.error(even).mean()
+    bench.quantize_plainly()
+    with monkeypatch.context() as patch:  # where held-out runs do not agree, nothing that was found is taken
+        patch.setattr(cache_schedules, "clearly_lower", lambda one, other: False)
+        assert ScheduleSearch(bench, given, program).schedule("programmed", 2, corrected) == even
+    bench.close()
+
+
+def test_the_costs_that_went_with_the_measurements_guide_the_search() -> None:
+    calls = 6
+    right, wrong = (np.full((calls + 1, calls + 1), np.inf) for _ in range(2))
+    for a in range(calls):
+        for b in range(a + 1, calls + 1):
+            right[a, b], wrong[a, b] = (b - a) ** 2 * (1 + a), (b - a) ** 2 * (calls - a)
+    schedules = [(0, 1, 2), (0, 2, 4), (0, 3, 5), (0, 4, 5)]
+    measured = {schedule: 1e-3 * cost_of(right, schedule) for schedule in schedules}
+    assert closest_costs([wrong, right], measured) is right
+    assert closest_costs([right, wrong], measured) is right
 
 
 def test_words_that_are_no_policy_are_refused() -> None:

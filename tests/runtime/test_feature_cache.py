@@ -24,6 +24,7 @@ from support.cached_graphs import (
     request,
 )
 
+from quantempo.contracts.cache import SublayerCut, merge_masks
 from quantempo.contracts.engine import Buffer, Engine
 from quantempo.contracts.program import PREDICTION, Call, Correct, Decide, StepProgram
 from quantempo.contracts.variants import Variant
@@ -183,6 +184,22 @@ def test_threshold_zero_equals_the_plain_loop_to_the_bit(tmp_path: Path, backend
     never = loop.run(deciding(9, Decide("probe", 0.0)), request((2.0, 1.0)))
     assert np.array_equal(never.latents, plain.latents)
     assert (plain.reused, never.reused, never.rows) == (0, 0, 27)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_that_keep_all_layers_and_an_interval_of_one_equal_the_plain_loop_to_the_bit(
+    tmp_path: Path, backend: str
+) -> None:
+    loop, _ = cached_loop(backend, tmp_path)
+    plain = make_program(9)
+    cuts, names = merge_masks([None, *[SublayerCut(((False, False),) * 3)] * 8], 4)
+    assert cuts == {}
+    kept = replace(plain, calls=tuple(replace(c, graph=n) for c, n in zip(plain.calls, names, strict=True)))
+    wanted = loop.run(plain, request((2.0, 1.0)))
+    for program in (kept, every(1, 9)):
+        found = loop.run(program, request((2.0, 1.0)))
+        assert np.array_equal(found.latents, wanted.latents)
+        assert found.reused == 0
 
 
 @pytest.mark.parametrize("backend", ONNX)
