@@ -98,10 +98,9 @@ class ScheduleSearch:
         proposals = [even, *(p for p in proposals if math.isfinite(cost_of(models[0], p)))]
         proposals += [programmed(costs, interval, bounds) for costs in models]
         measured = {proposal: float(runs.error(proposal).mean()) for proposal in dict.fromkeys(proposals)}
-        guess = closest_costs(models, measured)
+        guess, start = closest_costs(models, measured), min(measured, key=measured.__getitem__)
         best = improved(
-            min(measured, key=measured.__getitem__), calls, bounds[1], runs.error, SEARCH_RUNS,
-            lambda refreshes: cost_of(guess, refreshes),
+            start, calls, bounds[1], runs.error, SEARCH_RUNS, lambda refreshes: cost_of(guess, refreshes)
         )
         judge = WholeRuns(bench, program, check_batches(bench, settings, program), history)
         return best if best == even or clearly_lower(judge.error(best), judge.error(even)) else even
