@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=32, help="trajectories that corrections are fitted on")
     parser.add_argument("--checks", type=int, default=16, help="trajectories that the guard judges by")
     parser.add_argument("--cases", nargs="+", default=[f"{s}:{n}" for s, n in CASES], help="STEPS:N or STEPS:N:SAMPLES")
+    parser.add_argument("--without-full", action="store_true", help="leave the corrected runs for later")
     parser.add_argument("--even", action="store_true", help="also corrections on the even schedule")
     parser.add_argument("--uncached", action="store_true", help="also INT8 without caching")
     parser.add_argument("--rounds", type=int, default=3, help="of `times`")
@@ -212,7 +213,8 @@ def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Nam
     """One number of steps and one interval: all variants that the file does not hold yet."""
     key = f"{subject.name} {steps} steps, N={interval}{f', {args.cut}' if args.cut else ''}"
     done = read(args.json).get("quality", {}).get(key, {})
-    wanted = ["naive", "programmed", "full", *(n for n in ("even", "uncached") if getattr(args, n))]
+    wanted = ["naive", "programmed", *([] if args.without_full else ["full"])]
+    wanted += [name for name in ("even", "uncached") if getattr(args, name)]
     if set(wanted) <= set(done.get("variants", {})) and done.get("samples") == subject.samples:
         return
     settings, plain = subject.settings, subject.parts.exported.program(steps)
@@ -222,7 +224,7 @@ def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Nam
     row = {
         "samples": subject.samples, "steps": steps, "interval": interval, "guidance": settings.guidance,
         "cut": subject.cut.kind, "guard": case.known["guard"], "fitted_on": settings.samples,
-        "programmed": case.schedule(False), "full": case.schedule(True),
+        "programmed": case.schedule(False), "full": case.known["schedules"].get("corrected"),
         **compare(subject, made, reference),
         "command": f"python benchmarks/caching.py --model {args.model} --cases {steps}:{interval} --samples "
         f"{subject.samples} --fit {args.fit} --checks {args.checks}" + (f" --cut {args.cut}" if args.cut else "")
@@ -324,7 +326,7 @@ def equal_time(subject: Subject, args: argparse.Namespace) -> None:
     rows = {}
     for interval in (2, 3, 5):
         row = results["quality"].get(f"{subject.name} 50 steps, N={interval}")
-        if row is None:
+        if row is None or not row["variants"].keys() & {"full", "even"}:
             continue
         steps = math.ceil(50 * ms[f"N={interval}"] / ms["float"])
         images = decode(subject.reference(subject.parts.exported.program(steps)))

@@ -20,10 +20,11 @@ def cached(results: dict[str, Any]) -> str:
     for name, row in sorted(results.get("quality", {}).items()):
         cells = [
             f"{row['variants'][v]['final_latent_mse']:.2e} ({row['variants'][v]['psnr_db']:.2f} dB)"
+            if v in row["variants"] else "not measured"
             for v in ("naive", "programmed", "full")
         ]
         gains = [
-            "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["paired"][pair]["gain_db"])
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["paired"][pair]["gain_db"]) if pair in row["paired"] else "–"
             for pair in ("naive - programmed", "naive - full")
         ]
         lines.append(f"| {name} | {row['samples']} | {' | '.join(cells)} | {' | '.join(gains)} |")
