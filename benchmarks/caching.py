@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import tempfile
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from caching_results import Latents, compare, interval_of, read, write
 from numpy.typing import NDArray
 from quality import FIRST_SEED, SOURCES
 
@@ -75,11 +75,9 @@ from quantempo.stages.quantizers import activation_bits
 from quantempo.stages.store import open_store
 from quantempo.stages.teacher import GIVEN
 
-Latents = NDArray[np.float64]
 CASES = ((20, 2), (20, 3), (50, 3), (50, 2), (50, 5))
 LABELS = 256
 """As many as the demo recipes calibrate with, whatever `--calibration` says: held-out runs take the first of them."""
-RESAMPLES = 2000
 
 
 class Stopped(Exception):
@@ -225,7 +223,7 @@ def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Nam
         "samples": subject.samples, "steps": steps, "interval": interval, "guidance": settings.guidance,
         "cut": subject.cut.kind, "guard": case.known["guard"], "fitted_on": settings.samples,
         "programmed": case.schedule(False), "full": case.known["schedules"].get("corrected"),
-        **compare(subject, made, reference),
+        **compare(decoder_of(subject.parts), made, reference),
         "command": f"python benchmarks/caching.py --model {args.model} --cases {steps}:{interval} --samples "
         f"{subject.samples} --fit {args.fit} --checks {args.checks}" + (f" --cut {args.cut}" if args.cut else "")
         + (f" --calibration {args.calibration}" if args.calibration else ""),
@@ -383,25 +381,6 @@ def with_threshold(program: StepProgram, factor: float) -> StepProgram:
     return replace(program, calls=tuple(calls))
 
 
-def compare(subject: Subject, made: Mapping[str, Latents], reference: Latents) -> dict[str, Any]:
-    """Mean errors, and paired differences from variant to variant with 95 % intervals over seeds (bootstrap)."""
-    decode = decoder_of(subject.parts)
-    images = decode(reference)
-    errors = {name: ((x - reference) ** 2).reshape(len(x), -1).mean(axis=1) for name, x in made.items()}
-    psnr = {name: psnr_db(decode(x), images) for name, x in made.items()}
-    variants = {
-        name: {"final_latent_mse": float(errors[name].mean()), "psnr_db": float(psnr[name].mean())} for name in made
-    }
-    paired = {}
-    for worse, better in (("naive", "programmed"), ("programmed", "full"), ("naive", "full"), ("naive", "even")):
-        if worse in made and better in made:
-            paired[f"{worse} - {better}"] = {
-                "final_latent_mse": interval_of(errors[worse] - errors[better]),
-                "gain_db": interval_of(psnr[better] - psnr[worse]),
-            }
-    return {"variants": variants, "paired": paired}
-
-
 def tap_effect(subject: Subject, args: argparse.Namespace) -> None:
     """Scales from samples chosen by TAP against scales from uniform draws of equal size, on held-out cached calls.
 
@@ -499,26 +478,7 @@ def call_error(
     return total / len(held)
 
 
-def interval_of(differences: NDArray[np.float64]) -> list[float]:
-    """Mean, and the ends of its 95 % interval."""
-    rng = np.random.Generator(np.random.Philox(0))
-    picks = rng.integers(0, len(differences), (RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[picks].mean(axis=1), [2.5, 97.5])
-    return [float(differences.mean()), float(low), float(high)]
-
-
 PARTS = {"times": times, "equal-time": equal_time, "dynamic": dynamic, "tap": tap_effect}
-
-
-def read(path: Path | None) -> dict[str, Any]:
-    """Results so far."""
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
-
-
-def write(path: Path | None, results: Mapping[str, Any]) -> None:
-    """All results."""
-    if path is not None:
-        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
