@@ -83,7 +83,8 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     if request.class_labels is not None:
         if not denoiser.classes:
             raise _refuse(
-                "class_labels", "labels", "none: this model is not conditioned on classes", "leave class_labels out",
+                "class_labels", "labels", "none: this model is not conditioned on classes",
+                "leave class_labels out (on the command line: --class)",
                 "the bundle was made from another kind of model",
             )
         arrays.setdefault(denoiser.classes[0].name, request.class_labels)

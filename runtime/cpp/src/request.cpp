@@ -51,7 +51,8 @@ void check_names(const Request& request, const Denoiser& denoiser) {
            "the model is conditioned on it");
   }
   if (request.labels && denoiser.classes.empty()) {
-    refuse("class_labels", "labels", "none: this model is not conditioned on classes", "leave class_labels out",
+    refuse("class_labels", "labels", "none: this model is not conditioned on classes",
+           "leave class_labels out (on the command line: --class)",
            "the bundle was made from another kind of model");
   }
   for (const auto& spec : denoiser.classes) {
