@@ -12,6 +12,7 @@ import torch
 from support.zoo import NOT_DENOISERS, ZOO, denoiser_classes
 from support.zoo.measure import ENOUGH_DB, measure, sqnr_db
 
+ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_ENTRY = {"WanAnimate2Transformer3DModel"}
 """Its denoising call reads keys and values that an earlier call left in a Python object."""
 SAMPLE = (
@@ -64,12 +65,27 @@ def test_sqnr_is_minus_infinity_where_the_result_is_not_finite() -> None:
     assert sqnr_db(np.array([10.0, 0.0]), np.array([10.0, 1.0])) == pytest.approx(20.0)
 
 
-def test_the_page_of_coverage_is_made_from_its_file() -> None:
-    root = Path(__file__).resolve().parents[2]
-    spec = importlib.util.spec_from_file_location("model_sweep", root / "tools" / "model_sweep.py")
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    sweep = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sweep)
-    data = json.loads((root / "docs" / "models.json").read_text())
-    assert (root / "docs" / "model-coverage.md").read_text() == sweep.page(data)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_coverage_is_made_from_its_file() -> None:
+    data = json.loads((ROOT / "docs" / "models.json").read_text())
+    assert (ROOT / "docs" / "model-coverage.md").read_text() == tool("model_sweep").page(data)
+
+
+def test_older_versions_are_compared_with_what_is_covered_with_the_newest() -> None:
+    def classes(**found):
+        return {"libraries": {}, "classes": {n: {"status": s, "cause": c} for n, (s, c) in found.items()}}
+
+    good, bad = ("covered", ""), ("partial", "9 dB")
+    newest = classes(A=good, B=good, C=bad, D=good, E=good)
+    older = classes(A=good, B=("refused", "no operation"), C=good, D=("refused", "LookupError: no class D"))
+    run = tool("model_versions").compared(newest, older)
+    assert (run["expected"], run["covered"], run["lost"]) == (2, 1, {"B": "no operation"})
+    assert (run["absent"], run["not run"], run["extent"]) == (["D"], ["E"], "int8")
