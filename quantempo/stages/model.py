@@ -19,7 +19,7 @@ from quantempo.contracts.manifest import Decoder, Denoiser, PinnedInput
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram, check_program
 from quantempo.engines.registry import open_engine
-from quantempo.errors import ExportError, PlanError
+from quantempo.errors import ExportError, PlanError, RequestError
 from quantempo.progress import Advance
 from quantempo.recipe import Recipe
 from quantempo.stages.calibration import ENGINE, MAPPED, Taps, trajectory_batches
@@ -84,8 +84,19 @@ class Exported:
         return self.graph_digest if self.second is None else digest(self.graph_digest + self.second.graph_digest)
 
     def program(self, steps: int) -> StepProgram:
-        """The step program of a step count that was traced."""
-        path = self.programs[steps]
+        """The step program of a step count.
+
+        Raises:
+            RequestError: the scheduler refused that many steps.
+        """
+        path = self.programs.get(steps)
+        if path is None:
+            nearest_count = min(self.programs, key=lambda count: abs(count - steps))
+            raise RequestError(
+                f"steps of {self.scheduler}", found=str(steps),
+                wanted=f"a count between {min(self.programs)} and {max(self.programs)} that it can do",
+                cause="the scheduler refuses this number of steps", remedy=f"ask for {nearest_count}",
+            )
         program = from_data(StepProgram, parse_json(path.read_bytes(), str(path)), str(path))
         check_program(program, str(path))
         return program
@@ -191,7 +202,7 @@ def export_model(opened: Opened, store: StageStore) -> Exported:
         denoiser=_contract(family, facts),
         graph=load_graph(denoiser.path("denoiser.onnx")), graph_file=denoiser.path("denoiser.onnx"),
         graph_digest=facts["digest"], decoder=decoder, decoder_graph=decoder_graph, scheduler=name,
-        scheduler_digest=identity, programs={n: programs.path(f"{n:04d}.json") for n in steps},
+        scheduler_digest=identity, programs=_files_by_count(programs, steps),
         scheduler_json=(source.scheduler / "scheduler_config.json").read_bytes(), boundary=boundary,
     )
     return made if boundary is None else _with_second(made, store, source, family)
@@ -236,6 +247,12 @@ def _programs(
         "libraries": libraries("diffusers", "numpy", "torch"),
     }  # fmt: skip
     return store.run("sampler", inputs if boundary is None else {**inputs, "boundary": boundary}, make)
+
+
+def _files_by_count(programs: StageResult, steps: list[int]) -> dict[int, Path]:
+    """The file of each step count; some schedulers refuse a few (PNDM those below 4), which are left out."""
+    files = {count: programs.path(f"{count:04d}.json") for count in steps}
+    return {count: path for count, path in files.items() if path.is_file()}
 
 
 def _denoiser(store: StageStore, source: ModelSource, family: Family) -> StageResult:

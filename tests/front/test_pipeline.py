@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -393,3 +394,16 @@ def test_other_files_are_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OutputExists, match="a directory that is not a bundle"):
         compile_model(tiny_models.dit_pipeline(), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "words"
+
+
+def test_step_counts_that_a_scheduler_refuses_are_left_out(small: Recipe, tmp_path: Path) -> None:
+    from diffusers import PNDMScheduler
+
+    PNDMScheduler().save_pretrained(tmp_path / "pndm")
+    model = tiny_models.dit_pipeline() / "transformer"
+    made = compile_model(model, tmp_path / "out", small, scheduler=tmp_path / "pndm").bundle
+    assert made.steps == (4, 5, 6)
+    with pytest.raises(RequestError, match=r"steps of PNDMScheduler: found 2[\s\S]*between 4 and 6[\s\S]*ask for 4"):
+        compile_model(
+            model, tmp_path / "few", dataclasses.replace(small, steps=(2,)), scheduler=tmp_path / "pndm"
+        )
