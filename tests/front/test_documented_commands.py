@@ -42,7 +42,9 @@ ELSEWHERE = {
     "test_it_is_small_and_runs_anywhere and test_metadata_names_the_extras_and_the_command look at the wheel, "
     "tests/repo/test_python310.py::test_the_command_line_samples_and_inspects_there installs it",
     "python benchmarks/*.py *": SWEEP,
-    "python tools/kill_resume.py *": "takes half an hour; tests/front/test_resume.py kills and resumes smaller compiles",
+    "python tools/*.py *": "sweeps and fuzzing, minutes to hours; tests/repo/test_readme.py checks their flags, "
+    "tests/front/test_resume.py kills and resumes smaller compiles, tests/cpp/test_cpp_interface.py::"
+    "test_a_short_fuzz_of_everything_that_reads_bytes_finds_nothing fuzzes for seconds",
     "apt install *": "needs root and the network", "dpkg --add-architecture *": "needs root and the network",
     "cmake -S runtime/cpp -B build/cpp *": "tests/cpp/test_cpp_interface.py::"
     "test_an_installed_tree_serves_a_project_of_its_own builds the same folder",
