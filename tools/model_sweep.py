@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -183,9 +184,19 @@ def row(name: str, finding: dict[str, Any]) -> str:
     error = "" if finding["float_error"] is None else f"{finding['float_error']:.1e}"
     ratios = [finding["sqnr_db"].get(engine, "") for engine in ("ort", "openvino")]
     cause = finding["cause"].replace("|", "/")
-    cache = finding["cache"].replace("|", "/")
+    cache = cut(finding["cache"]).replace("|", "/")
     sites = f"{finding['quantized']} + {finding['kept']}"
     return f"| {name} | {finding['status']} | {error} | {ratios[0]} | {ratios[1]} | {sites} | {cache} | {cause} |"
+
+
+def cut(found: str) -> str:
+    """The cut of a class in a few words, or what stands against one."""
+    kind = re.match(r"(Feature|Delta|Sublayer)Cut\(", found)
+    if kind:
+        blocks = re.search(r"blocks='([^']+)'|tensors=\('([^']+)'", found)
+        of = f" of `{next(filter(None, blocks.groups()))}`" if blocks else ""
+        return {"Feature": "feature", "Delta": "delta", "Sublayer": "sublayers"}[kind[1]] + of
+    return re.sub(r"cut '[^']*', |\. Likely cause:.*", "", found)
 
 
 if __name__ == "__main__":
