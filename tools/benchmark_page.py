@@ -386,8 +386,8 @@ def headline_of_caching() -> list[str]:
         row = measured.get("quality", {}).get(case)
         if row is not None:
             lines.append(
-                f"| demo DiT, 20 steps, {words} of the calls computed, schedule and corrections fitted on the quantized "
-                f"model | {row['variants']['full']['psnr_db']:.1f} dB; plain reuse "
+                f"| demo DiT, 20 steps, {words} of the calls computed, schedule and corrections fitted on the "
+                f"quantized model | {row['variants']['full']['psnr_db']:.1f} dB; plain reuse "
                 f"{row['variants']['naive']['psnr_db']:.1f} dB |"
             )
     return lines
