@@ -24,12 +24,13 @@ from quantempo.devices.opening import bundle_dialect
 from quantempo.engines.registry import open_engine
 from quantempo.errors import BundleError
 from quantempo.inspection import REFERENCE, STATISTICS, load_plan
-from quantempo.pipeline import ENGINE, lower_graphs, scale_table
 from quantempo.progress import Advance
 from quantempo.quality import Images, Judge, draw, psnr_db, ssim
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.session import Session
-from quantempo.stages.dialects import GraphChoice
+from quantempo.stages.calibration import ENGINE
+from quantempo.stages.dialects import GraphChoice, lower_graphs
+from quantempo.stages.quantizers import scale_table
 
 OTHER_SEEDS = 500_000
 """Offset of the seeds of the second float population; disjoint from held-out and calibration seeds."""

@@ -14,7 +14,8 @@ from quantempo.contracts.engine import EngineOptions
 from quantempo.engines.registry import open_engine
 from quantempo.quality import Images
 from quantempo.runtime.images import to_unit
-from quantempo.stages.cache_runs import ENGINE, CacheParts
+from quantempo.stages.cache_runs import CacheParts
+from quantempo.stages.calibration import ENGINE
 
 ROWS = 8
 

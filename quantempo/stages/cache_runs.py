@@ -24,6 +24,7 @@ from quantempo.recipe import Recipe
 from quantempo.runtime.guidance import UNCONDITIONAL
 from quantempo.runtime.loop import Loop, LoopRequest, Observation
 from quantempo.runtime.request import Request, resolve
+from quantempo.stages.calibration import ENGINE
 from quantempo.stages.model import Exported
 from quantempo.stages.teacher import TEACHER, ShownEngine, TaughtEngine
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 Float32s = NDArray[np.float32]
 Vectors = Mapping[str, Float32s]
 Watch = Callable[[Observation, Mapping[str, Buffer]], None]
-ENGINE = "ort"
 GROUP_INPUT = "scale_group"
 Corrected = Literal["feature", "history", "prediction", "latents"]
 Mode = Literal["float", "shown", "quantized", "taught", "probed"]
