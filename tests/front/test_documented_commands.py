@@ -33,7 +33,7 @@ ONCE = ("compile", "plan", "sample", "reproduce", "float-steps", "import-scales"
 """Commands that refuse an output that is there already; a page may show one twice."""
 BUILDS = {"rtx": "tensorrt_rtx", "": "tensorrt"}
 """What `build` needs, by the beginning of its target."""
-SWEEP = "takes minutes to hours; its --help runs in tests/repo/test_benchmarks.py, its flags in tests/repo/test_readme.py"
+SWEEP = "takes minutes to hours; tests/repo/test_benchmarks.py runs its --help, tests/repo/test_readme.py checks flags"
 ELSEWHERE = {
     "make test": "what .ci/run starts",
     "make demo": "tests/front/test_cli.py::test_the_demo_makes_bundle_pictures_and_report runs its command, make test "
