@@ -50,7 +50,8 @@ def build() -> Path:
     """The fuzzer."""
     folder = configure_and_build(
         ROOT / "build" / "cpp-fuzz-clang", "-DCMAKE_C_COMPILER=clang", "-DCMAKE_CXX_COMPILER=clang++",
-        "-DQUANTEMPO_FUZZ=ON", "-DQUANTEMPO_EXAMPLES=OFF", "-DQUANTEMPO_SANITIZE=address,undefined",
+        "-DQUANTEMPO_FUZZ=ON", "-DQUANTEMPO_EXAMPLES=OFF", "-DQUANTEMPO_TESTS=OFF",
+        "-DQUANTEMPO_SANITIZE=address,undefined",
         "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
     )
     return folder / "fuzz-bundle"

@@ -33,6 +33,7 @@ def options(sanitizer: str) -> dict[str, str]:
     return {
         "QUANTEMPO_CPP_SANITIZE": sanitizer,
         "ASAN_OPTIONS": "detect_leaks=1:exitcode=99",
+        "TBB_ENABLE_SANITIZERS": "1",  # else OpenVINO's threads open a library in a way that AddressSanitizer ends
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=99",
         # Of an engine's mutex only the unlocking is seen where the compiler made it a jump out of the engine.
         "TSAN_OPTIONS": f"halt_on_error=1:exitcode=99:report_mutex_bugs=0:suppressions={known}",
