@@ -26,6 +26,8 @@ def source_of(name, **added):
 ADDED = {
     "control": ("sd", lambda: {"controlnets": (families.controlnet(),)}),
     "adapter": ("sd", lambda: {"adapters": (families.ip_adapter(),)}),
+    "sdxl control": ("sdxl", lambda: {"controlnets": (families.controlnet(large=True),)}),
+    "sdxl adapter": ("sdxl", lambda: {"adapters": (families.ip_adapter(),)}),
 }
 
 
@@ -34,7 +36,7 @@ def variant(name):
     return source_of(base, **added())
 
 
-SLOW = ("sd", "lcm", "inpaint")
+SLOW = ("sd", "lcm", "inpaint", "sdxl control", "sdxl adapter")
 """Variants of a UNet whose parts others cover."""
 
 
@@ -57,6 +59,8 @@ INPUTS = {
     "inpaint": ["encoder_hidden_states", "sample_condition"],
     "control": ["encoder_hidden_states", "control_image", "control_scale"],
     "adapter": ["encoder_hidden_states", "ip_image_embeds"],
+    "sdxl control": ["encoder_hidden_states", "text_embeds", "time_ids", "control_image", "control_scale"],
+    "sdxl adapter": ["encoder_hidden_states", "text_embeds", "time_ids", "ip_image_embeds"],
     "flux": ["encoder_hidden_states", "pooled_projections", "guidance"],
     "sd3": ["encoder_hidden_states", "pooled_projections"],
     "pixart": ["encoder_hidden_states", "encoder_attention_mask"],

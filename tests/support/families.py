@@ -15,8 +15,10 @@ from support.tiny_models import CONDITION_UNET, build
 
 from quantempo.contracts.manifest import Denoiser
 
-XL = {**CONDITION_UNET, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-      "projection_class_embeddings_input_dim": 6 * 8 + 16}  # fmt: skip
+LARGE: Mapping[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+                            "projection_class_embeddings_input_dim": 6 * 8 + 16}  # fmt: skip
+"""What XL has beyond its predecessors, its UNet and its ControlNets."""
+XL = {**CONDITION_UNET, **LARGE}
 FLUX = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
         "joint_attention_dim": 24, "pooled_projection_dim": 12, "axes_dims_rope": (4, 6, 6),
         "guidance_embeds": True}  # fmt: skip
@@ -75,16 +77,16 @@ def directory(name: str) -> Path:
 
 
 @functools.cache
-def controlnet() -> Path:
-    """A ControlNet for `sd`."""
+def controlnet(large: bool = False) -> Path:
+    """A ControlNet for `sd`, or for `sdxl`."""
     folder = Path(tempfile.mkdtemp(prefix="quantempo-control-")) / "controlnet"
-    build("ControlNetModel", 40, **CONTROL).save_pretrained(folder)
+    build("ControlNetModel", 40, **CONTROL, **(LARGE if large else {})).save_pretrained(folder)
     return folder
 
 
 @functools.cache
 def ip_adapter() -> Path:
-    """An IP-Adapter for `sd`: image embeddings of 20 numbers, four tokens."""
+    """An IP-Adapter for `sd` and `sdxl`: image embeddings of 20 numbers, four tokens."""
     import torch
     from safetensors.torch import save_file
 
