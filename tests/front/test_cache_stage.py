@@ -84,8 +84,8 @@ def test_uncached_runs_are_those_of_a_bundle_without_caching(
         np.testing.assert_array_equal(*found)
     else:
         # A delta reads the hidden state before and after the blocks, which keeps ONNX Runtime from some fusions: other
-        # roundings of the same values.
-        assert np.abs(found[0] - found[1]).max() < 1e-6 * np.abs(found[1]).max()
+        # roundings of the same values, of which one in many falls on the other side of an integer's edge.
+        assert np.square(found[0] - found[1]).mean() < 1e-9 * np.square(found[1]).mean()
 
 
 @pytest.mark.parametrize("which", MODELS)
