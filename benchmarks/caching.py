@@ -394,7 +394,8 @@ def tap_effect(subject: Subject, args: argparse.Namespace) -> None:
     held = capture(subject, program, 8, offset=1000)
     keys = np.array([point.key for point in pool])
     features = np.stack([point.feeds["sample"][0] for point in pool])
-    count, found = args.count, {"tap": [], "uniform": []}
+    count = args.count
+    found: dict[str, list[float]] = {"tap": [], "uniform": []}
     for seed in range(args.draws):
         picks = {
             "tap": select(features, np.array([point.call for point in pool]), count, seed=seed),

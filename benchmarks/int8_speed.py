@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def measure(name: str, folder: Path, options: Options) -> dict[str, Any]:
     }
     outputs = {key: session.run(None, feed)[0] for key, (session, feed) in sessions.items()}
     variants: dict[str, Callable[[], object]] = {
-        key: lambda session=session, feed=feed: session.run(None, feed) for key, (session, feed) in sessions.items()
+        key: partial(session.run, None, feed) for key, (session, feed) in sessions.items()
     }
     if options.eager:
         variants |= eager(module, feeds, options.threads)
@@ -195,7 +196,7 @@ def make_graphs(module: Any, family: Any, folder: Path) -> dict[str, Any]:
     return {"sites": len(plan.sites), "quantized": len(plan.quantized())}
 
 
-def min_max_table(model: Any, plan: Any, inputs: list[Feeds]) -> Any:
+def min_max_table(model: Any, plan: Any, inputs: Sequence[Feeds]) -> Any:
     """Scales from the extremes over a few inputs; the groups differ by a few percent, as they would."""
     from quantempo.contracts.partition import Partition
     from quantempo.contracts.table import ScaleTable, TensorScales
@@ -221,7 +222,7 @@ def min_max_table(model: Any, plan: Any, inputs: list[Feeds]) -> Any:
     return ScaleTable(Partition(tuple(float(i) for i in range(1, GROUPS)), 0.0, float(GROUPS)), tensors)
 
 
-def tap(model: Any, names: Sequence[str], inputs: list[Feeds]) -> list[dict[str, np.ndarray]]:
+def tap(model: Any, names: Sequence[str], inputs: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
     """The values of these tensors, and the inputs, for each of the inputs."""
     import onnx_ir as ir
     import onnxruntime as ort
@@ -239,7 +240,7 @@ def tap(model: Any, names: Sequence[str], inputs: list[Feeds]) -> list[dict[str,
         return [dict(zip(written, session.run(None, feed), strict=True)) | dict(feed) for feed in inputs]
 
 
-def largest(model: Any, names: Sequence[str], inputs: list[Feeds]) -> dict[str, float]:
+def largest(model: Any, names: Sequence[str], inputs: Sequence[Feeds]) -> dict[str, float]:
     """The largest magnitude of each tensor."""
     runs = tap(model, names, inputs)
     return {name: max(float(np.abs(run[name]).max()) for run in runs) for name in names}

@@ -113,9 +113,9 @@ def prepare(name: str, folder: Path) -> tuple[Any, Any]:
     if (folder / "portable.onnx").exists():
         return ready
     folder.mkdir(parents=True, exist_ok=True)
-    graph = trace_module(module, family, folder, "traced")
-    model = ir.load(graph.path)
-    plan = default_plan(model, graph.digest, sites=graph.sites)
+    traced = trace_module(module, family, folder, "traced")
+    model = ir.load(traced.path)
+    plan = default_plan(model, traced.digest, sites=traced.sites)
     inputs = [family.example(int8_speed.BATCH, seed) for seed in (0, 1)]
     table = int8_speed.min_max_table(model, plan, inputs)
     weights = quantize_weights(model, plan, "minmax")
@@ -172,7 +172,7 @@ def ratio(times: Times, slow: str, fast: str) -> dict[str, float]:
     return {"ratio": round(value, 3), "noise": round(noise, 3)}
 
 
-def summary(times: Times) -> dict[str, dict[str, float]]:
+def summary(times: Times) -> dict[str, dict[str, Any]]:
     """Medians by variant, and the single rounds."""
     return {
         "ms_per_call": {name: round(statistics.median(values), 2) for name, values in times.items()},

@@ -302,7 +302,8 @@ def write_rows(job: Job) -> Path:
     """The calibration rows as one array per input."""
     path = job.folder / "rows.npz"
     if not path.exists():
-        np.savez(path, **{name: np.concatenate([row[name] for row in job.rows]) for name in job.rows[0]})
+        arrays: Any = {name: np.concatenate([row[name] for row in job.rows]) for name in job.rows[0]}
+        np.savez(path, **arrays)
     return path
 
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def ours_and_eager(
                 def opened(path: Path, given: EngineOptions, module: Any = module, entry: Any = entry) -> Engine:
                     if path.name != Path(entry.file).name:
                         return open_engine("ort", path, given)
-                    return EagerEngine(*module, entry.inputs, entry.outputs)
+                    return EagerEngine(module[0], module[1], entry.inputs, entry.outputs)
 
                 with Session(subject.reference, opened, engine_options("ort")) as session:
                     add(label, session, size)
@@ -290,7 +291,8 @@ def calibration_rows(subject: Subject, recipe: Any, path: Path, count: int) -> l
     """`nncf_comparison.calibration_rows`, kept in a file."""
     if not path.exists():
         rows = nncf_comparison.calibration_rows(subject.reference, recipe, count)
-        np.savez(path, **{key: np.concatenate([row[key] for row in rows]) for key in rows[0]})
+        joined: Any = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+        np.savez(path, **joined)
     with np.load(path) as stored:
         arrays = {key: stored[key] for key in stored.files}
     total = len(next(iter(arrays.values())))
@@ -433,17 +435,17 @@ def variants(
     }
     for hint in openvino_speed.HINTS:
         label = f"quantempo on openvino, {hint} rest"
-        found[label] = (lambda hint=hint: bound("openvino", folder / "portable.onnx", {"precision": hint}), label)
+        found[label] = (partial(bound, "openvino", folder / "portable.onnx", {"precision": hint}), label)
     for kind in ("float32", "bfloat16"):
-        found[f"diffusers eager, {kind}"] = (lambda kind=kind: eager_call(module, feeds, kind), ort)
+        found[f"diffusers eager, {kind}"] = (partial(eager_call, module, feeds, kind), ort)
     for tool in timed_tools(name, options):
         path = place(tool, folder)
         if tool.engine == "ort":
-            found[tool.label] = (lambda path=path: bound("ort", path, {}), ort)
+            found[tool.label] = (partial(bound, "ort", path, {}), ort)
             continue
         for hint in openvino_speed.HINTS:
             found[f"{tool.label}, {hint} rest"] = (
-                lambda path=path, hint=hint: bound("openvino", folder / "float.onnx", {"precision": hint}, path),
+                partial(bound, "openvino", folder / "float.onnx", {"precision": hint}, path),
                 f"quantempo on openvino, {hint} rest",
             )
     return {label: entry for label, entry in found.items() if wanted(label, options)}

@@ -109,7 +109,7 @@ def measure(bundle: Path, plain: Path, args: argparse.Namespace) -> dict[str, An
 
     with sessions(subject, base) as (quantized, floating):
         reference = {case.name: images(floating, case) for case in CASES}
-        rows = {
+        rows: dict[str, dict[str, Any]] = {
             case.name: {
                 "groups": asdict(Fidelity.of(images(quantized, case), reference[case.name])),
                 "single": {},

@@ -149,7 +149,7 @@ def cases(name: str, cls: type) -> list[Case]:
     """The option sets of a class, each at most once: defaults, one option at a time, call options, combinations."""
     base = BASE.get(name, {})
     fixed = {**REQUIRED.get(name, {}), **base}
-    signature = inspect.signature(cls.__init__).parameters
+    signature = inspect.signature(cls).parameters
     source = inspect.getsource(inspect.getmodule(cls) or cls)
     found: list[Case] = [{}]
     for option, values in VARIANTS.items():
@@ -167,7 +167,7 @@ def _builds(cls: type, config: Case) -> bool:
         scheduler = cls(**config)
     except (ValueError, NotImplementedError, TypeError):
         return False
-    return all(scheduler.config[key] == value for key, value in config.items())  # type: ignore[attr-defined]
+    return all(scheduler.config[key] == value for key, value in config.items())
 
 
 def _call_options(cls: type) -> Iterator[dict[str, float]]:
@@ -185,7 +185,9 @@ def run_case(name: str, cls: type, case: Case, steps: tuple[int, ...] = STEPS) -
     config = {**REQUIRED.get(name, {}), **{k: v for k, v in case.items() if k != "call"}}
     call = dict(case.get("call", {}))
     eta = call.pop("eta", None)
-    worst, exact, refusals = 0.0, [], {}
+    worst = 0.0
+    exact: list[int] = []
+    refusals: dict[int, str] = {}
     for count in (*steps, 2):
         if count == 2 and (exact or not all("from set_timesteps" in why for why in refusals.values())):
             break  # two steps are for the few classes that take nothing else

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         beta1, beta2 = 0.9, 0.99
         names = list(self.params)
-        params = [self.params[n] for n in names]
+        params: list[torch.Tensor] = [self.params[n] for n in names]
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
         mean, square, ema = ([self.state[k][n] for n in names] for k in ("mean", "square", "ema"))
         with torch.no_grad():
@@ -181,11 +182,11 @@ class Trainer:
         for p in params:
             p.grad = None
 
-    def run(self, loss_at) -> None:
+    def run(self, loss_at: Callable[[int], torch.Tensor]) -> None:
         started, first, losses = time.time(), self.step, []
         while self.step < self.steps:
             loss = loss_at(self.step)
-            loss.backward()
+            torch.autograd.backward(loss)
             self.update()
             self.step += 1
             losses.append(float(loss.detach()))
@@ -219,7 +220,8 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.mse_loss(decoded, batch) + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel() * 4
+        loss: torch.Tensor = F.mse_loss(decoded, batch) + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel() * 4
+        return loss
 
     Trainer(vae, work / "vae", steps, 2e-3).run(loss_at)
     with torch.no_grad():
@@ -257,7 +259,7 @@ def train_dit(work: Path, steps: int) -> DiTTransformer2DModel:
     vae = AutoencoderKL.from_pretrained(work / "vae" / "model").eval()
     images, labels = digits()
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(512)])
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(images, 512)])
     latents = latents * vae.config.scaling_factor
     torch.manual_seed(SEED + 1)
     dit = DiTTransformer2DModel(**DIT_CONFIG)
@@ -333,6 +335,7 @@ def export(work: Path) -> None:
         judge, (torch.zeros(2, 1, 16, 16),), dynamo=True, opset_version=21, input_names=["images"],
         output_names=["logits", "features"], dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
     )
+    assert program is not None
     for node in program.model.graph:
         node.metadata_props.clear()
     program.save(str(JUDGE_FILE), external_data=False)

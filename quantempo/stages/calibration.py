@@ -207,7 +207,7 @@ def loop_key(loop: CalibrationLoop | None) -> str:
 
 def _selection(
     recipe: Recipe, batches: Sequence[TrajectoryBatch], programs: Mapping[ProgramChoice, StepProgram], taps: Taps,
-    sample: Callable[[TrajectoryBatch, CallObserver], None],
+    sample: Callable[[TrajectoryBatch, CallObserver], object],
 ) -> Selection:
     """The calls to look at; where the method asks for it, the first batch runs once more to describe them."""
     visits = [
@@ -220,7 +220,7 @@ def _selection(
 
 
 def call_features(
-    batch: TrajectoryBatch, taps: Taps, sample: Callable[[TrajectoryBatch, CallObserver], None]
+    batch: TrajectoryBatch, taps: Taps, sample: Callable[[TrajectoryBatch, CallObserver], object]
 ) -> dict[float, NDArray[Any]]:
     """What describes the calls at each group key: a tensor from the middle of the network, from one run of a batch."""
     features: dict[float, NDArray[Any]] = {}

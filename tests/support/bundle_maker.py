@@ -91,7 +91,7 @@ def make_program(steps: int, noisy: bool = False, start: float = 1000.0) -> Step
             Lin("origin", ((LATENTS, 1.0), (PREDICTION, -0.7))),
             Clamp("origin", "origin", -3.0, 3.0),
         ]
-        terms = ((LATENTS, shrink), ("origin", 0.3 / steps), (PREDICTION, -0.1 / steps))
+        terms: tuple[tuple[str, float], ...] = ((LATENTS, shrink), ("origin", 0.3 / steps), (PREDICTION, -0.1 / steps))
         if noisy and step < steps - 1:
             update.append(Noise("noise", step + 1))
             terms = (*terms, ("noise", 0.05))

@@ -79,13 +79,13 @@ def write_onnx_bundle(target: Path, work: Path, steps: Iterable[int] = (1, 2, 4,
         for name, engine in engines.items():
             file = f"graphs/{name}.float-f32.onnx"
             writer.add_bytes(file, (work / f"{name}.onnx").read_bytes())
-            specs = tuple(
+            inputs, outputs = (
                 tuple(TensorSpec(s.name, s.dtype, s.shape) for s in side.values())
                 for side in (engine.inputs, engine.outputs)
             )
             graphs[f"{name}.float-f32"] = GraphEntry(
-                file, (), name, "float", "float32", *specs, reads=(FEATURE,) if name.startswith("reuse") else (),
-                writes=(FEATURE,) if name == "full" else (),
+                file, (), name, "float", "float32", inputs, outputs,
+                reads=(FEATURE,) if name.startswith("reuse") else (), writes=(FEATURE,) if name == "full" else (),
             )
             engine.close()
         for count in steps:

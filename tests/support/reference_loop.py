@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantempo.contracts.program import StepProgram
+from quantempo.contracts.program import Clamp, Lin, Noise, StepProgram
 
 SHAPE = (2, 3, 4, 4)
 Array = NDArray[np.float64]
@@ -74,7 +74,8 @@ class BrownianByPath:
         low, high = min(start, end), max(start, end)
         first, second = (self._at(low), self._at(high)) if not self._position else (self._at(high), self._at(low))
         bottom, top = (first, second) if low in self._position and first is self._position[low] else (second, first)
-        return (bottom - top) / math.sqrt(high - low) * (1.0 if start > end else -1.0)
+        drawn: torch.Tensor = (bottom - top) / math.sqrt(high - low) * (1.0 if start > end else -1.0)
+        return drawn
 
 
 def stock_loop(
@@ -153,12 +154,14 @@ def replay(program: StepProgram, *, seed: int = 0) -> list[Array]:
         fed = sum((c * registers[r] for r, c in call.inputs["sample"]), np.zeros(SHAPE))
         registers["prediction"] = fake_denoiser(fed, call.timestep)
         for op in call.update:
-            if op.kind == "lin":
+            if isinstance(op, Lin):
                 registers[op.to] = sum((c * registers[r] for r, c in op.terms), np.zeros(SHAPE))
-            elif op.kind == "clamp":
+            elif isinstance(op, Clamp):
                 registers[op.to] = np.minimum(np.maximum(registers[op.source], op.low), op.high)
-            else:
+            elif isinstance(op, Noise):
                 registers[op.to] = draws.at(op.draw)
+            else:
+                raise AssertionError(op)
         del registers["prediction"]  # nothing may read it in the next call
         samples.append(registers["latents"].copy())
     return samples
