@@ -1,8 +1,10 @@
 """What holds for all tests: results of stages and compiled engines are kept in folders of the run, never in the
-user's cache, and the latency guard runs where a test asks for it alone."""
+user's cache, the latency guard runs where a test asks for it alone, and torch draws the same numbers in any order of
+tests."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -20,3 +22,9 @@ def _caches_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         patch.setenv("QUANTEMPO_CACHE", str(tmp_path_factory.mktemp("engine-cache")))
         patch.setenv("QUANTEMPO_GUARD", "off")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    if "torch" in sys.modules:  # its import takes seconds, and many tests go without
+        sys.modules["torch"].manual_seed(0)

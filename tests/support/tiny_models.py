@@ -70,10 +70,12 @@ def _randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def build(class_name: str, seed: int = 0, **config: Any) -> torch.nn.Module:
-    """A diffusers model with random weights."""
+    """A diffusers model with random weights, the same ones whatever has drawn random numbers before."""
     import diffusers
 
-    return _randomise(getattr(diffusers, class_name)(**config), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # what stays of the class's own start, such as biases
+        return _randomise(getattr(diffusers, class_name)(**config), seed)
 
 
 def _folder() -> Path:
