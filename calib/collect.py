@@ -203,6 +203,13 @@ class StatsCollector:
             most[key] = max(most.get(key, 0), n)
         return most
 
+    def largest(self) -> dict[str, float]:
+        """The largest magnitude of each tensor over all calls."""
+        found = dict.fromkeys(self.tensors, 0.0)
+        for name, cell in self._cells.items():
+            found[name.tensor] = max(found[name.tensor], abs(cell.stats.low), abs(cell.stats.high))
+        return found
+
     def _names(self) -> list[StatsKey]:
         return sorted(self._cells, key=lambda name: (name.tensor, name.key, name.branch))
 

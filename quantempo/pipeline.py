@@ -39,7 +39,7 @@ from quantempo.stages.mining import FirstRound, second_round
 from quantempo.stages.model import Exported, Opened, export_model, open_model, plan_stage
 from quantempo.stages.programs import calibration_programs, trace_scheduler
 from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
-from quantempo.stages.range_scan import scan_ranges, scan_steps
+from quantempo.stages.range_scan import ranges_stage, scan_steps
 from quantempo.stages.store import StageRun, StageStore, open_store
 from quantempo.stages.writing import check_fused, float_view, write_float, write_quantized
 
@@ -130,7 +130,7 @@ def compile_model(
         plan, taps = plan_stage(store, exported, recipe, plan_file)
         plan = cut.keep_free(plan) if cut else plan
         collected, table, weights, keys, second = _numbers(store, exported, view, plan, taps, opened, loop)
-        choice = _with_ranges(choice, exported, view, opened, progress)
+        choice = _with_ranges(store, choice, exported, view, opened, collected)
         guarded = guard_stage(exported, plan, table, weights, choice, mode, recipe.threads, progress)
         plan, table = guarded.plan, guarded.table
         parts = _parts(exported, plan, table, weights, collected, view, opened)
@@ -250,15 +250,15 @@ def _check_experts(opened: Opened) -> Opened:
 
 
 def _with_ranges(
-    choice: GraphChoice, exported: Exported, view: OpenBundle, opened: Opened, progress: Progress
+    store: StageStore, choice: GraphChoice, exported: Exported, view: OpenBundle, opened: Opened, collected: Calibration
 ) -> GraphChoice:
     """The choice with the ranges that its graphs need."""
     scanned = scanned_tensors(exported.graph, choice)
     if not scanned:
         return choice
-    with progress.stage("ranges", WRITES):
-        program = exported.program(scan_steps(opened.recipe))
-        ranges = scan_ranges(view, scanned, program, opened.recipe, opened.arrays)
+    recipe = opened.recipe
+    program = exported.program(scan_steps(recipe))
+    ranges = ranges_stage(store, view, scanned, program, recipe, opened.arrays, collected.statistics)
     return dataclasses.replace(choice, ranges=ranges)
 
 

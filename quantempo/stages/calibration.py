@@ -66,11 +66,18 @@ class Taps:
         tensors: those that need scales.
         centred: those of them whose channels need ranges of their own.
         products: inputs of matrix products, whose second moments weight rounding needs.
+        ranges: tensors whose largest magnitude attention is quantized with; their scale is one for all timesteps.
     """
 
     tensors: tuple[str, ...]
     centred: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
+    ranges: tuple[str, ...] = ()
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """All tensors that a call has to deliver, sorted."""
+        return tuple(sorted({*self.tensors, *self.ranges}))
 
     @staticmethod
     def of(*plans: QuantPlan) -> Taps:
@@ -123,10 +130,10 @@ def calibrate(
     denoiser, taps = reference.manifest.denoiser, plan if isinstance(plan, Taps) else Taps.of(plan)
     known = calibration_programs(recipe, reference.program) if programs is None else programs
     batches = trajectory_batches(denoiser, recipe, known, arrays or {}) if batches is None else batches
-    inner = tuple(name for name in taps.tensors if name not in {array.name for array in denoiser.arrays})
+    inner = tuple(name for name in taps.observed if name not in {array.name for array in denoiser.arrays})
     options = EngineOptions(threads=recipe.threads, extra_outputs=inner, settings=large_weights(reference))
     grams = GramCollector(taps.products if recipe.weight_method == "gptq" else ())
-    collector = StatsCollector("full", taps.tensors, taps.centred)
+    collector = StatsCollector("full", taps.observed, taps.centred)
     if loop is not None:
         with _looped(reference, options, taps, grams, loop) as run_loop:
             return Calibration(run_calibration(batches, run_loop, collector, checkpoint, progress, grams), grams)
@@ -144,7 +151,7 @@ def calibrate(
             def observer(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
                 if (batch.index, seen.index) in chosen:
                     values = {name: outputs[name].array for name in inner}
-                    values |= {name: fed_rows(name, seen, given) for name in taps.tensors if name not in values}
+                    values |= {name: fed_rows(name, seen, given) for name in taps.observed if name not in values}
                     observe(seen.call.key, values)
                     grams.observe(seen.call.key, values)
 
@@ -187,7 +194,7 @@ def _looped(
         def denoise(sample: NDArray[Any], timestep: float, **conditioning: NDArray[Any]) -> NDArray[Any]:
             times = np.full(len(sample), timestep, np.float32)
             outputs = engine.run({denoiser.sample_input: sample, denoiser.timestep_input: times, **conditioning})
-            values = {name: outputs[name] if name in outputs else conditioning[name] for name in taps.tensors}
+            values = {name: outputs[name] if name in outputs else conditioning[name] for name in taps.observed}
             observe(float(timestep), values)
             grams.observe(float(timestep), values)
             return outputs[denoiser.prediction]
@@ -268,7 +275,7 @@ def calibration_stage(
         "sampled labels": [batch.labels for batch in batches], "guidance": recipe.guidance, "batch": recipe.batch,
         "seeds": [batch.seeds for batch in batches], "arrays": arrays_digest(arrays),
         "step programs": {choice.id: digest(canonical_json(program)) for choice, program in programs.items()},
-        "tapped tensors": taps.tensors, "centred tensors": taps.centred, "weight rounding": products,
+        "tapped tensors": taps.observed, "centred tensors": taps.centred, "weight rounding": products,
         "loop": loop_key(loop), "selection": recipe.selection,
         "threads": recipe.threads, "libraries": libraries("numpy", "onnxruntime"),
         "code": code("quantempo.calib", "quantempo.runtime", "quantempo.contracts", "quantempo.engines.ort",

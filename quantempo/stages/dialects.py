@@ -130,6 +130,15 @@ def scanned_tensors(graph: Graph, choice: GraphChoice) -> dict[str, int]:
     return {name: size for name, size in float_values(graph).items() if everything or name in wanted}
 
 
+def ranged_tensors(graph: Graph, precision: Literal["int8", "fp8", "float32"]) -> tuple[str, ...]:
+    """The operands of attention that `auto` quantizes in some graph of a precision; calibration finds their ranges."""
+    from quantempo.export.quantize_attention import attention_tensors
+
+    if precision == "fp8":
+        return attention_tensors(graph, "fp8", "both")
+    return attention_tensors(graph, "int8", "scores") if precision == "int8" else ()
+
+
 def lower_graphs(
     graph: Graph,
     plan: QuantPlan,

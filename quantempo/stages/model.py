@@ -24,7 +24,7 @@ from quantempo.progress import Advance
 from quantempo.recipe import Recipe
 from quantempo.stages.calibration import ENGINE, MAPPED, Taps, trajectory_batches
 from quantempo.stages.conditioning import resolve
-from quantempo.stages.dialects import chosen_graphs
+from quantempo.stages.dialects import chosen_graphs, ranged_tensors
 from quantempo.stages.programs import by_expert
 from quantempo.stages.store import StageResult, StageStore
 from quantempo.stages.versions import code, libraries, require_compile_extra
@@ -321,8 +321,8 @@ def plan_stage(
 ) -> tuple[QuantPlan, Taps]:
     """The plan, and what calibration has to watch.
 
-    The taps are those of the plan and of the plan that keeps nothing by pattern, so that another pattern needs no other
-    calibration.
+    The taps are those of the plan and of the plan that keeps nothing by pattern, and what attention needs where it is
+    quantized by default, so that another pattern and other graphs need no other calibration.
 
     Raises:
         PlanError: a pattern matches nothing, or the given plan does not fit the model.
@@ -357,7 +357,8 @@ def plan_stage(
         settings["dialects"] = [DIALECT]
     result = store.run("plan", {**inputs, **settings}, make)
     plan = from_data(QuantPlan, _read(result.path(PLAN)), PLAN)
-    return plan, from_data(Taps, _read(result.path(TAPS)), TAPS)
+    taps = from_data(Taps, _read(result.path(TAPS)), TAPS)
+    return plan, replace(taps, ranges=ranged_tensors(exported.graph, recipe.precision))
 
 
 def read_plan(path: Path, exported: Exported) -> QuantPlan:

@@ -15,6 +15,7 @@ from support import tiny_models
 from quantempo.cli import main
 from quantempo.inspection import load_plan
 from quantempo.pipeline import CompileSummary, compile_model
+from quantempo.progress import Progress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 
@@ -59,9 +60,11 @@ def compile_tiny() -> Compile:
     """Compile the tiny DiT with a changed recipe; such compiles share their traces through the stage store."""
 
     def compiled(out: Path, *, model: Path | None = None, scheduler: Path | None = None, plan_file: Path | None = None,
-                 overwrite: bool = False, **changes: Any) -> CompileSummary:
+                 overwrite: bool = False, guard: str | None = None, progress: Progress | None = None,
+                 **changes: Any) -> CompileSummary:
         recipe = Recipe(**{**SMALL, **changes})
-        given = {"scheduler": scheduler, "plan_file": plan_file, "overwrite": overwrite}
+        given = {"scheduler": scheduler, "plan_file": plan_file, "overwrite": overwrite, "guard": guard,
+                 "progress": progress}
         return compile_model(model or tiny_models.dit_pipeline(), out, recipe, **given)  # type: ignore[arg-type]
 
     return compiled

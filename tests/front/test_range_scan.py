@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from quantempo.calib.collect import StatsCollector
 from quantempo.contracts.engine import EngineOptions
 from quantempo.engines.registry import open_engine
-from quantempo.errors import EngineError
+from quantempo.errors import EngineError, NonFiniteActivation
 from quantempo.export.graph_files import load_graph
+from quantempo.export.quantize_attention import stored_ranges
+from quantempo.inspection import STATISTICS
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.request import Request
 from quantempo.runtime.session import Session
 from quantempo.stages import range_scan
-from quantempo.stages.dialects import GraphChoice, scanned_tensors
+from quantempo.stages.dialects import GraphChoice, ranged_tensors, scanned_tensors
 from quantempo.stages.range_scan import scan_ranges, scan_steps
 
 
@@ -69,3 +74,42 @@ def test_parts_stay_within_the_budget_and_lose_nothing() -> None:
 def test_an_unknown_tensor_is_refused(reference: OpenBundle, small: Recipe) -> None:
     with pytest.raises(EngineError, match="no such tensor"):
         scan_ranges(reference, {"attention": 4}, reference.program(4), small)
+
+
+def test_calibration_watches_what_attention_needs_by_default(reference: OpenBundle, dit_bundle: OpenBundle) -> None:
+    graph = load_graph(reference.path(reference.manifest.graphs["full.float-f32"].file))
+    assert set(ranged_tensors(graph, "int8")) == set(wanted(reference, "portable-f32"))
+    assert set(ranged_tensors(graph, "fp8")) == set(wanted(reference, "fp8-f32"))
+    # Scale times 127 is the largest magnitude of all calls, not of a few.
+    largest = StatsCollector.load(dit_bundle.root / STATISTICS).largest()
+    stored = stored_ranges(load_graph(dit_bundle.path("graphs/full.portable-f32.onnx")), "int8")
+    assert stored
+    assert stored == pytest.approx({name: largest[name] for name in stored}, rel=1e-5)
+
+
+def test_a_value_that_is_not_finite_is_named_with_tensor_timestep_and_seed(
+    reference: OpenBundle, small: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, program = wanted(reference, "fp8-f32"), reference.program(4)
+    victim, sample = sorted(tensors)[0], Session.sample
+
+    def poisoned(self: Session, *args: Any, observer: Any, **named: Any) -> Any:
+        def poison(seen: Any, outputs: Any) -> None:
+            if seen.index == 2:
+                row = next(i for i, seed in enumerate(seen.seeds) if seed == 1)
+                outputs[victim].array[row].flat[3] = np.inf
+            observer(seen, outputs)
+
+        return sample(self, *args, observer=poison, **named)
+
+    monkeypatch.setattr(Session, "sample", poisoned)
+    words = rf"range scan, tensor '{victim}' at timestep {program.calls[2].key:g}, seed 1: found infinity in 1 of \d+ val"
+    with pytest.raises(NonFiniteActivation, match=words):
+        scan_ranges(reference, tensors, program, small)
+
+
+def test_the_scan_says_how_far_it_is(reference: OpenBundle, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, told = wanted(reference, "portable-f32"), []
+    monkeypatch.setattr(range_scan, "_parts", lambda tensors: [(name,) for name in list(tensors)[:2]])
+    scan_ranges(reference, tensors, reference.program(4), small, advance=lambda *seen: told.append(seen))
+    assert told == [(done, 8) for done in range(1, 9)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from support import tiny_models
 
 from quantempo.errors import RequestError
 from quantempo.pipeline import compile_model
-from quantempo.progress import Advance, SilentProgress
+from quantempo.progress import Advance, JsonProgress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.stages.listing import list_stages
 from quantempo.stages.store import RECORD, WORK_VARIABLE, KeyLock, StageResult, StageStore, cache_limit, default_root
 
 CENTRED_BY_GROUPS = {"scales", "weights"}
+ALWAYS = {"write"}
+"""No result of an earlier compile can stand for it."""
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +38,35 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> Path:
     return folder / "work"
 
 
-def ran(summary: Any) -> set[str]:
-    return {run.stage for run in summary.stages if not run.reused}
+class Log:
+    """The events of a compile, as `--log json` writes them; what ran is read from them, not from its own summary."""
+
+    def __init__(self) -> None:
+        self._text = io.StringIO()
+        self.progress = JsonProgress(self._text)
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._text.getvalue().splitlines()]
+
+    def ran(self) -> set[str]:
+        """Stages that began, each of which also has to end."""
+        begun, ended = ([e["stage"] for e in self.events() if e["event"] == word] for word in ("start", "end"))
+        assert begun == ended
+        return set(begun)
+
+    def reused(self) -> set[str]:
+        return {event["stage"] for event in self.events() if event["event"] == "reused"}
+
+
+@pytest.fixture(scope="module")
+def scanned_run(tmp_path_factory: pytest.TempPathFactory, first_run: Path, small: Recipe) -> Path:
+    """The store after another compile with a float16 graph."""
+    folder = tmp_path_factory.mktemp("scanned")
+    shutil.copytree(first_run, folder / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WORK_VARIABLE, str(folder / "work"))
+        compile_model(tiny_models.dit_pipeline(), folder / "bundle", replace(small, graphs=("portable-f16",)))
+    return folder / "work"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +84,11 @@ def ran(summary: Any) -> set[str]:
         ({"max_steps": 7}, {"sampler"}),
         ({"default_guidance": 3.0}, set()),
         ({"reference": False}, set()),
+        ({"graphs": ("portable-bf16",)}, set()),
+        ({"graphs": ("portable-f16",)}, {"ranges"}),
+        ({"attention": "quantized"}, {"ranges"}),
+        ({"attention": "float"}, set()),
+        ({"guard": "record"}, {"latency guard"}),
     ],
     ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else "",
 )
@@ -67,7 +103,33 @@ def test_a_changed_setting_runs_exactly_what_depends_on_it(
     # A copy of the store after one compile: other tests' compiles must not count as earlier results.
     shutil.copytree(first_run, tmp_path / "work")
     monkeypatch.setenv(WORK_VARIABLE, str(tmp_path / "work"))
-    assert ran(compile_tiny(tmp_path / "bundle", **changes)) == stages
+    log = Log()
+    made = compile_tiny(tmp_path / "bundle", progress=log.progress, **changes)
+    assert log.ran() == stages | ALWAYS
+    assert log.reused() == {"sampler", "denoiser", "decoder", "plan", "calibrate", "scales", "weights"} - stages
+    assert {run.stage for run in made.stages if not run.reused} == stages - {"latency guard"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, set()),
+        ({"keep": ("*.ff.*",)}, {"plan", "scales", "weights"}),
+        ({"range_method": "percentile"}, {"scales"}),
+        ({"guidance": (2.0,)}, {"calibrate", "scales", "weights", "ranges"}),
+        ({"seed": 3}, {"calibrate", "scales", "weights"}),
+    ],
+    ids=["nothing", "keep", "range-method", "guidance", "seed"],
+)
+def test_a_range_scan_runs_once_for_a_graph_that_needs_it(
+    compile_tiny: Any, scanned_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any], stages: set[str],
+) -> None:
+    shutil.copytree(scanned_run, tmp_path / "work")
+    monkeypatch.setenv(WORK_VARIABLE, str(tmp_path / "work"))
+    log = Log()
+    compile_tiny(tmp_path / "bundle", graphs=("portable-f16",), progress=log.progress, **changes)
+    assert log.ran() == stages | ALWAYS
 
 
 def test_the_guidance_of_a_sample_touches_no_stage(cli: Any, dit_bundle: OpenBundle, tmp_path: Path) -> None:
@@ -86,7 +148,7 @@ def test_each_stage_is_one_line_with_its_reason(cli: Any, dit_bundle: OpenBundle
     assert code == 0
     lines = [line.strip() for line in err.splitlines() if line.strip()]
     assert [line.split(":")[0] for line in lines] == [
-        "sampler", "denoiser", "decoder", "plan", "calibrate", "scales", "weights", "ranges", "write",
+        "sampler", "denoiser", "decoder", "plan", "calibrate", "scales", "weights", "write",
     ]
     assert lines[4] == "calibrate: reused (same inputs)"
     assert lines[5].startswith("scales: run (changed: range method), ")
@@ -212,8 +274,11 @@ def test_the_limit_is_a_number_of_gigabytes(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_selection_looks_at_fewer_calls(compile_tiny: Any, tmp_path: Path, words: str) -> None:
     from quantempo.calib.collect import StatsCollector
 
-    made = compile_tiny(tmp_path / "bundle", selection=words, samples=16, groups="single")
-    assert {"calibrate", "scales", "weights"} <= ran(made)
+    log = Log()
+    compile_tiny(tmp_path / "bundle", selection=words, samples=16, groups="single", progress=log.progress)
+    assert log.ran() >= {"calibrate", "scales", "weights"}
+    # What a part of the calls shows is no range of all of them, so attention's ranges are scanned.
+    assert "ranges" in log.ran() | log.reused()
     statistics = StatsCollector.load(tmp_path / "bundle" / "report" / "statistics.safetensors")
     visits = sum(statistics.samples().values()) / 4
     assert visits == (4 if words == "single" else 8), "of 4 batches with 4 calls each"
