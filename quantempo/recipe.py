@@ -119,6 +119,11 @@ class Recipe:
 def _check_counts(recipe: Recipe) -> None:
     if recipe.samples < 1 or recipe.batch < 1:
         raise _refuse("samples", recipe.samples, "at least one sample and a batch of at least 1", "give 32")
+    if not recipe.max_steps >= 1:
+        raise _refuse("max_steps", recipe.max_steps, "at least 1", "give the largest step count that you will sample")
+    for field in ("seed", "threads"):
+        if getattr(recipe, field) < 0:
+            raise _refuse(field, getattr(recipe, field), "0 or more", f"leave {field} out, or give 0")
     if recipe.tokens < 0:
         raise _refuse("tokens", recipe.tokens, "0 for the model's usual length, or more", "leave it out")
 

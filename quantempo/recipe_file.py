@@ -9,6 +9,7 @@ from typing import Any
 
 from quantempo.calib.trajectories import guidance_range
 from quantempo.contracts.codec import from_data, parse_json
+from quantempo.contracts.plan import Rule
 from quantempo.errors import DataError, MissingExtra
 from quantempo.recipe import Recipe
 
@@ -24,7 +25,7 @@ def read_recipe(files: Sequence[Path], changes: Mapping[str, Any] | None = None)
     Args:
         files: YAML (`.yaml`, `.yml`) or JSON; a field of a later file replaces that of an earlier one, its rules are
             added after the earlier rules.
-        changes: fields by name, which win over all files.
+        changes: fields by name, which win over all files; their rules come after those of the files.
 
     Raises:
         UnknownKey: a field that `Recipe` does not have; the nearest is named.
@@ -39,7 +40,44 @@ def read_recipe(files: Sequence[Path], changes: Mapping[str, Any] | None = None)
         for name, value in data.items():
             merged[name] = [*merged.get(name, []), *value] if name in LISTS else value
         where = str(file)
-    return dataclasses.replace(from_data(Recipe, merged, where), **dict(changes or {}))
+    recipe, last = from_data(Recipe, merged, where), dict(changes or {})
+    for name in LISTS:
+        if name in last:
+            last[name] = (*getattr(recipe, name), *last[name])
+    return dataclasses.replace(recipe, **last)
+
+
+def read_rule(text: str, where: str) -> Rule:
+    """A rule as it stands in a recipe: a YAML or JSON mapping.
+
+    Args:
+        text: e.g. `{match: "*.ff.*", action: keep}`.
+        where: for errors.
+
+    Raises:
+        UnknownKey: a field that `Rule` does not have; the nearest is named.
+        DataError: not a mapping, or a value of another type.
+    """
+    yaml = _parser(where)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError:
+        data = None
+    if not isinstance(data, dict):
+        raise DataError(
+            where, found=repr(text), wanted="a rule as in a recipe file, e.g. '{match: \"*.ff.*\", action: keep}'",
+            cause="quotes are missing: a pattern that begins with * needs its own inside those of the shell",
+            remedy="see docs/recipe.md for the fields of a rule",
+        )
+    return from_data(Rule, data, where)
+
+
+def _parser(where: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtra(where, package="PyYAML", extra="compile") from error
+    return yaml
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -65,10 +103,7 @@ def _beside(file: Path, value: Any) -> Any:
 
 
 def _yaml(file: Path) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtra(f"recipe {file}", package="PyYAML", extra="compile") from error
+    yaml = _parser(f"recipe {file}")
     try:
         tree = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         _refuse_duplicates(file, tree)

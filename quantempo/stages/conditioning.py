@@ -47,6 +47,8 @@ def resolve(
             raise _refuse(where, found, "a file of type " + " or ".join(KINDS), "see docs/recipe.md for the formats")
         if path.suffix == ".npz":
             arrays, labels = read_arrays(path), recipe.classes
+            if not arrays:
+                raise _empty(where, "no array", "write the model's conditioning with np.savez(FILE, NAME=…)")
         elif not denoiser.classes and denoiser.arrays and encode is not None:
             arrays, labels = encode(_entries(path)), recipe.classes
         else:
@@ -119,7 +121,7 @@ def _entries(path: Path) -> list[Any]:
     else:
         listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not listed:
-        raise _refuse(where, "no entry", "at least one", "write one label, class name or prompt per line")
+        raise _empty(where, "no entry", "write one label, class name or prompt per line")
     return listed
 
 
@@ -230,6 +232,10 @@ def deal_labels(denoiser: Denoiser, recipe: Recipe) -> tuple[int, ...]:
         return ()
     order = np.random.Generator(np.random.Philox(recipe.seed)).permutation(recipe.samples)
     return tuple(classes[int(i) % len(classes)] for i in order)
+
+
+def _empty(where: str, found: str, remedy: str) -> RequestError:
+    return RequestError(where, found=found, wanted="at least one", cause="the set is empty", remedy=remedy)
 
 
 def _refuse(where: str, found: str, wanted: str, remedy: str) -> RequestError:

@@ -2,8 +2,8 @@
 
 What attention is quantized with by default is watched by the calibration proper (`Taps.ranges`) and costs no further
 run.  A float16 graph asks for every tensor; then this scan keeps one number of each.  It runs few samples and steps,
-and in parts, so that the taps of one part fit into memory.  What it misses is made up for by a margin: a quarter of what
-float16 holds.
+and in parts, so that the taps of one part fit into memory.  What it misses is made up for by a margin: a quarter of
+what float16 holds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ def ranges_stage(
     """The largest magnitude of each tensor: from the calibration, or else from a scan or its earlier result.
 
     Args:
-        store, bundle, tensors, program, recipe, arrays: see `scan_ranges`.
+        store: results of earlier scans.
+        bundle: float.
+        tensors: elements per row, by value name.
+        program: the way to sample.
+        recipe: guidance, classes, selection and threads.
+        arrays: conditioning by input name.
         seen: what the calibration observed; where it looked at a part of the calls alone, it is not relied on.
     """
     known = seen.largest() if recipe.selection == "all" else {}
@@ -163,6 +168,6 @@ def scan_labels(denoiser: Denoiser, recipe: Recipe) -> list[int]:
 def _request(denoiser: Denoiser, recipe: Recipe, arrays: Mapping[str, NDArray[Any]]) -> Request:
     given = {name: values[np.arange(SAMPLES) % len(values)] for name, values in arrays.items()}
     return Request(
-        class_labels=scan_labels(denoiser, recipe) or None, guidance_scale=max(recipe.guidance), seed=list(range(SAMPLES)),
-        batch_size=SAMPLES, arrays=given,
+        class_labels=scan_labels(denoiser, recipe) or None, guidance_scale=max(recipe.guidance),
+        seed=list(range(SAMPLES)), batch_size=SAMPLES, arrays=given,
     )

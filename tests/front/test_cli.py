@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from support.bundle_maker import Shape, make_bundle
 import quantempo
 from quantempo import demo as demo_module
 from quantempo.contracts.codec import from_data, parse_json
+from quantempo.contracts.plan import Rule
 from quantempo.inspection import describe, render
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
@@ -80,6 +83,17 @@ def test_our_errors_end_with_1_in_five_parts_and_without_a_traceback(cli: Any, t
         (("--calib-set", "missing.npz"), "calibration set missing.npz: found no such file"),
         (("--recipe", "missing.yaml"), "recipe missing.yaml: found no such file"),
         (("--plan", "missing.json"), "plan missing.json: found no such file"),
+        # What a program would take for "not given" is a value like any other.
+        (("--samples", "0"), "recipe, samples: found 0, wanted at least one sample"),
+        (("--batch", "0"), "wanted at least one sample and a batch of at least 1"),
+        (("--max-steps", "0"), "recipe, max_steps: found 0, wanted at least 1"),
+        (("--activation-bits", "0"), "recipe, activation_bits: found 0, wanted 2 to 8"),
+        (("--seed", "-1"), "recipe, seed: found -1, wanted 0 or more"),
+        (("--dtype", ""), "recipe, precision: found ''"),
+        (("--groups", ""), "groups: found ''"),
+        (("--guidance", ""), "guidance: found , wanted numbers"),
+        (("--rule", "{mach: a}"), "--rule.mach: found"),
+        (("--rule", "*.ff.*"), "--rule: found '*.ff.*', wanted a rule as in a recipe file"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_any_work(
@@ -90,6 +104,66 @@ def test_a_wrong_setting_is_refused_before_any_work(
     assert words in err
     assert "trace denoiser" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+SET = {
+    "precision": "fp8", "targets": ["t4"], "graphs": ["fp8-bf16"], "attention": "float", "groups": "single",
+    "range_method": "mse", "activation_bits": 8, "centre": False, "weight_method": "mse", "samples": 9, "batch": 3,
+    "guidance": [2.0], "steps": [6, 7], "schedulers": ["a"], "classes": [1, 2], "seed": 4, "selection": "single",
+    "hard_cases": 0, "size": "8x8", "tokens": 5, "controlnets": ["b"], "ip_adapters": ["c"], "inputs": "d.npz",
+    "calibration": "e.txt", "rules": [{"match": "x"}], "keep": ["f"], "exclude": ["g"], "cache": "every:2",
+    "cache_cut": "branch:1", "cache_min_psnr": 30.0, "cache_max_ms": 9.0, "cache_steps": [6], "max_steps": 11,
+    "default_guidance": 3.0, "reference": False, "threads": 2,
+}
+FLAGS = [
+    ("--dtype", "fp8"), ("--target", "t4"), ("--graph", "fp8-bf16"), ("--attention", "float"), ("--groups", "single"),
+    ("--range-method", "mse"), ("--activation-bits", 8), ("--no-centre",), ("--weight-method", "mse"), ("--samples", 9),
+    ("--batch", 3), ("--guidance", "2"), ("--steps", "6,7"), ("--calib-scheduler", "a"), ("--class", 1), ("--class", 2),
+    ("--seed", 4), ("--selection", "single"), ("--hard-cases", 0), ("--size", "8x8"), ("--tokens", 5),
+    ("--controlnet", "b"), ("--ip-adapter", "c"), ("--inputs", "d.npz"), ("--calib-set", "e.txt"),
+    ("--rule", "{match: x}"), ("--keep", "f"), ("--exclude", "g"), ("--cache", "every:2"), ("--cache-cut", "branch:1"),
+    ("--cache-min-psnr", 30), ("--max-time", 9), ("--cache-steps", "6"), ("--max-steps", 11),
+    ("--default-guidance", 3), ("--no-reference",), ("--threads", 2),
+]
+ZEROS = {"seed": 0, "hard_cases": 0, "tokens": 0, "threads": 0, "cache_min_psnr": 0.0, "cache_max_ms": 0.0, "size": "",
+         "cache_cut": "", "default_guidance": 0.0}  # fmt: skip
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The recipes that `compile` asks for; nothing is compiled."""
+    from quantempo import pipeline
+
+    found: list[Recipe] = []
+
+    def compile_model(model: Any, out: Any, recipe: Recipe, **options: Any) -> Any:
+        found.append(recipe)
+        return SimpleNamespace(text=lambda: "")
+
+    monkeypatch.setattr(pipeline, "compile_model", compile_model)
+    return found
+
+
+def test_every_field_of_a_recipe_has_a_flag(cli: Any, asked: list[Recipe]) -> None:
+    assert set(SET) == {field.name for field in dataclasses.fields(Recipe)} - {"version"}
+    code, _, err = cli("compile", "m", "-o", "b", *(word for flag in FLAGS for word in flag))
+    assert code == 0, err
+    assert asked == [from_data(Recipe, SET, "recipe")]
+
+
+def test_a_flag_that_is_zero_or_empty_wins_over_the_file(cli: Any, asked: list[Recipe], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    set_before = {**{name: SET[name] for name in ZEROS}, "hard_cases": 3, "rules": SET["rules"]}
+    file.write_text(json.dumps(set_before))
+    code, _, err = cli("compile", "m", "-o", "b", "--recipe", file)
+    assert code == 0, err
+    words = [word for name, value in ZEROS.items() for word in (f"--{name}".replace("_", "-"), value)]
+    words[words.index("--cache-max-ms")] = "--max-time"
+    code, _, err = cli("compile", "m", "-o", "b", "--recipe", file, *words, "--rule", "{match: y, weight_bits: 4}")
+    assert code == 0, err
+    assert asked[0] == from_data(Recipe, set_before, "recipe")
+    rules = (Rule("x"), Rule("y", weight_bits=4))
+    assert asked[1] == dataclasses.replace(from_data(Recipe, ZEROS, "recipe"), rules=rules)
 
 
 def test_compile_writes_a_bundle_and_sums_up(cli: Any, tmp_path: Path) -> None:

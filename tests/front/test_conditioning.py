@@ -76,6 +76,23 @@ def test_pickled_objects_are_not_loaded(tmp_path: Path) -> None:
         from_file(tmp_path / "a.npz", ARRAYS)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("a.txt", "found no entry"), ("a.json", "found no entry"), ("a.npz", "found no array")]
+)
+def test_an_empty_set_is_refused_on_the_command_line_before_any_work(
+    cli: Any, tmp_path: Path, name: str, words: str
+) -> None:
+    file = tmp_path / name
+    file.write_text("[]" if name.endswith("json") else " \n\n")
+    if name.endswith("npz"):
+        np.savez(file)
+    code, _, err = cli("compile", tiny_models.dit_pipeline(), "-o", tmp_path / "out", "--calib-set", file)
+    assert code == 1
+    assert f"RequestError: calibration set {file}: {words}, wanted at least one" in err
+    assert "Likely cause: the set is empty" in err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 NAME = "encoder_hidden_states"
 
 

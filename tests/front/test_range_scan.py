@@ -103,7 +103,8 @@ def test_a_value_that_is_not_finite_is_named_with_tensor_timestep_and_seed(
         return sample(self, *args, observer=poison, **named)
 
     monkeypatch.setattr(Session, "sample", poisoned)
-    words = rf"range scan, tensor '{victim}' at timestep {program.calls[2].key:g}, seed 1: found infinity in 1 of \d+ val"
+    where = f"range scan, tensor '{victim}' at timestep {program.calls[2].key:g}, seed 1"
+    words = rf"{where}: found infinity in 1 of \d+ values"
     with pytest.raises(NonFiniteActivation, match=words):
         scan_ranges(reference, tensors, program, small)
 

@@ -31,7 +31,8 @@ def test_a_misspelt_setting_is_named() -> None:
         ("activation_bits", 1, "2 to 8"), ("activation_bits", 9, "2 to 8"), ("steps", (), "at least one positive"),
         ("steps", (20, 0), "at least one positive"), ("guidance", (), "at least one scale"),
         ("guidance", (1.0, -0.5), "at least one scale"), ("samples", 0, "at least one sample"),
-        ("batch", 0, "a batch of at least 1"),
+        ("batch", 0, "a batch of at least 1"), ("max_steps", 0, "at least 1"), ("seed", -1, "0 or more"),
+        ("threads", -2, "0 or more"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(field: str, value: Any, wanted: str) -> None:
