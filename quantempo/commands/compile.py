@@ -84,6 +84,12 @@ Threads = Annotated[int | None, typer.Option("--threads", help="Engine threads; 
 Work = Annotated[
     Path | None, typer.Option(help="Folder for results of stages, which later compiles reuse; default: user cache.")
 ]
+Guard = Annotated[
+    str | None, typer.Option(help="Latency guard: off, record (default), or revert what loses to float.")
+]
+MinPsnr = Annotated[
+    float | None, typer.Option(help="PSNR to float in dB to reach; a bundle below it goes to OUT.rejected.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 LogFormat = Annotated[Log, typer.Option("--log", help="Progress as text or as JSON lines, on standard error.")]
 
@@ -131,12 +137,8 @@ def compile_command(
     reference: Annotated[bool | None, typer.Option(help="Write the float twin beside the bundle.")] = None,
     threads: Threads = None,
     work: Work = None,
-    guard: Annotated[
-        str | None, typer.Option(help="Latency guard: off, record (default), or revert what loses to float.")
-    ] = None,
-    min_psnr: Annotated[
-        float | None, typer.Option(help="PSNR to float in dB to reach; a bundle below it goes to OUT.rejected.")
-    ] = None,
+    guard: Guard = None,
+    min_psnr: MinPsnr = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     quiet: Quiet = False,
     log: LogFormat = Log.text,

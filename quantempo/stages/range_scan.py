@@ -109,16 +109,19 @@ def scan_ranges(
                 seen: Observation, outputs: Mapping[str, Buffer], part: tuple[str, ...] = part, index: int = index
             ) -> None:
                 for name in part:
-                    array = outputs[name].array
-                    largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
-                    if not np.isfinite(largest):
-                        raise _non_finite(name, seen, array)
-                    found[name] = max(found.get(name, 0.0), largest)
+                    found[name] = max(found.get(name, 0.0), _largest(name, seen, outputs[name].array))
                 if advance is not None:
                     advance(index * calls + seen.index + 1, len(parts) * calls)
 
             session.sample(request, program, output_type="latent", observer=observe)
     return found
+
+
+def _largest(name: str, seen: Observation, array: NDArray[Any]) -> float:
+    largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
+    if not np.isfinite(largest):
+        raise _non_finite(name, seen, array)
+    return largest
 
 
 def _non_finite(name: str, seen: Observation, array: NDArray[Any]) -> NonFiniteActivation:
