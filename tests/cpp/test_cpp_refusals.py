@@ -347,7 +347,7 @@ def test_graphs_that_reach_outside_are_refused_before_the_engine_sees_them(
 @pytest.mark.parametrize(
     ("library_name", "setting", "words"),
     [
-        ("libz.so.1", "", "found a library without ov_get_openvino_version, wanted OpenVINO 2024.0 or newer"),
+        ("libz.so.1", "", "found a library without ov_get_openvino_version, wanted OpenVINO 2024.3 or newer"),
         ("/nowhere/libopenvino_c.so", "", "no library that opens"),
         ("", "precision=f8", "found precision=f8, wanted one of f32, bf16, f16, auto"),
         ("", "streams=0", "found streams=0"),
@@ -364,3 +364,23 @@ def test_openvino_says_what_is_wrong_with_its_library_or_settings(
     assert done.returncode == (1 if words else 0), done.stderr
     assert ("EngineError: " in done.stderr) == bool(words)
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("2023.3.0-13775-ceeafaf64f3-releases/2023/3", "found OpenVINO {}, wanted OpenVINO 2024.3 or newer"),
+        ("2024.2.9", "found OpenVINO {}, wanted OpenVINO 2024.3 or newer"),
+        ("2024.3.0-16041", "found OpenVINO {} without ov_get_last_err_msg, wanted OpenVINO 2024.3 or newer"),
+        ("2025.0", "found OpenVINO {} without ov_get_last_err_msg"),
+        ("custom_master_0", "found OpenVINO {} without ov_get_last_err_msg"),
+    ],
+)
+def test_an_openvino_that_is_too_old_is_named_with_the_version_that_is_needed(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, words: str
+) -> None:
+    """Newer ones get as far as their functions, of which this library has none."""
+    monkeypatch.setenv("OPENVINO_BUILD", version)
+    bundle = write_onnx_bundle(tmp_path / "b", tmp_path / "work")
+    name, said = Sampler(built, built / "libold_openvino.so", "openvino").refusal(bundle, "--class", 1)
+    assert (name, said.startswith(f"engine 'openvino': {words.format(version)}")) == ("EngineError", True), said

@@ -25,6 +25,7 @@ from quantempo.runtime.session import Session
 from quantempo.stages.programs import trace_scheduler
 
 SMALL = Recipe(samples=8, batch=4, steps=(4,), guidance=(1.5,), max_steps=6, threads=1)
+CACHING = replace(SMALL, cache="every:2")
 SHAPE = (4, 8, 8)
 
 
@@ -111,10 +112,10 @@ def test_registers_are_fed_only_where_latents_go(sampler: Sampler, parts: Path, 
 
 @pytest.fixture(scope="module", params=["dit", "unet"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in INT8, its float twin in `reference/`."""
+    """A tiny model in INT8 with a cached program for four steps, its float twin in `reference/`."""
     model = tiny_models.dit_pipeline() if request.param == "dit" else tiny_models.unet()
     scheduler = None if request.param == "dit" else model / "scheduler"
-    return compile_model(model, tmp_path_factory.mktemp("cpp") / "b", SMALL, scheduler=scheduler).bundle.root
+    return compile_model(model, tmp_path_factory.mktemp("cpp") / "b", CACHING, scheduler=scheduler).bundle.root
 
 
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler")
@@ -136,6 +137,15 @@ def test_on_openvino_compiled_models_give_the_same_latents_and_png(
     compare(openvino_sampler, compiled if precision == "int8" else compiled / "reference", tmp_path, scheduler, 5)
 
 
+@pytest.mark.parametrize("engine", ["ort", "openvino"])
+def test_compiled_models_with_feature_caching_give_the_same_latents_and_png(
+    request: pytest.FixtureRequest, compiled: Path, tmp_path: Path, engine: str
+) -> None:
+    sampler = request.getfixturevalue("sampler" if engine == "ort" else "openvino_sampler")
+    reused = compare(sampler, compiled, tmp_path, "DDIMScheduler", 4)
+    assert reused == 2 * 3 * 2  # two calls of four, three samples, two branches
+
+
 @pytest.mark.parametrize("steps", CACHED)
 def test_cached_programs_on_openvino_give_the_same_latents(
     openvino_sampler: Sampler, parts: Path, tmp_path: Path, steps: int
@@ -145,8 +155,8 @@ def test_cached_programs_on_openvino_give_the_same_latents(
     assert same(found, wanted)
 
 
-def compare(sampler: Sampler, bundle: Path, folder: Path, scheduler: str, steps: int) -> None:
-    """Three samples of both runtimes: latents bit for bit, and the PNG's bytes."""
+def compare(sampler: Sampler, bundle: Path, folder: Path, scheduler: str, steps: int) -> int:
+    """Three samples of both runtimes: latents bit for bit, and the PNG's bytes.  Returns the reused evaluations."""
     session = load(bundle, sampler.engine)
     given: dict[str, Any] = {"num_inference_steps": steps}
     words: list[object] = ["--steps", steps]
@@ -169,6 +179,7 @@ def compare(sampler: Sampler, bundle: Path, folder: Path, scheduler: str, steps:
     save(sheet, folder / "python.png")
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(out)))
     assert out.read_bytes() == (folder / "python.png").read_bytes()
+    return int(wanted.timings.reused)
 
 
 def test_a_library_that_refuses_to_share_packed_weights_still_opens_every_graph(

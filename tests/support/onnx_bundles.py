@@ -70,8 +70,28 @@ def branching_graph() -> bytes:
     return content
 
 
-def write_onnx_bundle(target: Path, work: Path, steps: Iterable[int] = (1, 2, 4, 5, 6, 9, 10)) -> Path:
-    """Write the bundle; `work` is a scratch folder."""
+DECODER = """<ir_version: 10, opset_import: ["" : 21]>
+decoder (float[batch, 4, 8, 8] latents) => (float[batch, 3, 8, 8] image)
+<int64[1] one = {1}, int64[1] four = {4}>
+{ sliced = Slice(latents, one, four, one)  image = Tanh(sliced) }"""
+"""The last three channels are the picture."""
+
+
+def _decoder(folder: Path) -> tuple[bytes, GraphEntry]:
+    """The file's bytes and the manifest's entry."""
+    import onnx_ir as ir
+
+    path = folder / "decoder.onnx"
+    ir.save(ir.from_onnx_text(DECODER), path)
+    given = TensorSpec("latents", "float32", ("batch", 4, 8, 8))
+    made = TensorSpec("image", "float32", ("batch", 3, 8, 8))
+    return path.read_bytes(), GraphEntry("graphs/decoder.onnx", (), "decoder", "float", "float32", (given,), (made,))
+
+
+def write_onnx_bundle(
+    target: Path, work: Path, steps: Iterable[int] = (1, 2, 4, 5, 6, 9, 10), decoder: bool = False
+) -> Path:
+    """Write the bundle; `work` is a scratch folder, `decoder` adds a decoder to pictures of three channels."""
     work.mkdir(parents=True, exist_ok=True)
     engines = onnx_engines(work, "ort")
     with BundleWriter(target) as writer:
@@ -88,6 +108,9 @@ def write_onnx_bundle(target: Path, work: Path, steps: Iterable[int] = (1, 2, 4,
                 reads=(FEATURE,) if name.startswith("reuse") else (), writes=(FEATURE,) if name == "full" else (),
             )
             engine.close()
+        if decoder:
+            content, graphs["decoder"] = _decoder(work)
+            writer.add_bytes(graphs["decoder"].file, content)
         for count in steps:
             writer.add_json(f"programs/{count}.json", make_program(count, noisy=True))
         for count, program in CACHED.items():
@@ -98,7 +121,7 @@ def write_onnx_bundle(target: Path, work: Path, steps: Iterable[int] = (1, 2, 4,
         writer.finish(
             Manifest(
                 name="parts", precision="float32", requires=CACHE_FEATURES, files={}, graphs=graphs, denoiser=DENOISER,
-                decoder=Decoder(), vectors="vectors.safetensors", default_guidance=2.0,
+                decoder=Decoder("decoder" if decoder else None), vectors="vectors.safetensors", default_guidance=2.0,
                 programs=ProgramIndex(
                     "EchoScheduler", digest("parts"), {str(n): f"programs/{n}.json" for n in steps},
                     "programs/scheduler_config.json", default_steps=5,

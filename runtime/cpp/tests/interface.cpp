@@ -2,7 +2,7 @@
 //
 //     quantempo-interface BUNDLE LIBRARY OLD_ENGINE
 //
-// BUNDLE has class labels, an input `mask` pinned to 1 1 0, more than one step by default and an engine for LIBRARY.
+// BUNDLE has class labels, an input `mask` pinned to 1 1 0, a decoder, five steps by default and graphs for LIBRARY.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -230,6 +230,53 @@ void callbacks(quantempo_session* session) {
   EXPECT(latents_of(session, plain()) == untouched);
 }
 
+struct Previews {
+  std::vector<std::int64_t> steps;
+  std::vector<std::uint8_t> last;
+  std::int64_t answer_at = -1;
+  std::int32_t answer = 0;
+};
+
+std::vector<std::uint8_t> pixels_of(const quantempo_image& image) {
+  return {image.pixels, image.pixels + image.width * image.height * image.channels};
+}
+
+void previews(quantempo_session* session) {
+  const auto untouched = latents_of(session, plain());
+  auto options = plain();
+  Previews seen;
+  options.user = &seen;
+  options.steps = 5;
+  options.decode = 1;
+  options.on_preview = [](void* user, std::int64_t step, const quantempo_image* image) {
+    auto& told = *static_cast<Previews*>(user);
+    told.steps.push_back(step);
+    told.last = pixels_of(*image);
+    return step == told.answer_at ? told.answer : 0;
+  };
+  quantempo_result* result = nullptr;
+  EXPECT(quantempo_sample(session, &options, &result) == QUANTEMPO_OK);
+  EXPECT((seen.steps == std::vector<std::int64_t>{0, 1, 2, 3, 4}));
+  quantempo_image image;
+  EXPECT(quantempo_result_image(result, 0, &image) == QUANTEMPO_OK && image.channels == 3 && image.width == 8);
+  EXPECT(pixels_of(image) == seen.last);  // after the last step the preview is the picture
+  std::vector<float> latents(quantempo_result_latents_count(result));
+  EXPECT(quantempo_result_latents(result, latents.data(), latents.size()) == QUANTEMPO_OK && latents == untouched);
+  quantempo_result_free(result);
+  seen = {};
+  options.preview_every = 2;
+  EXPECT(quantempo_sample(session, &options, &result) == QUANTEMPO_OK);
+  EXPECT((seen.steps == std::vector<std::int64_t>{1, 3}));
+  quantempo_result_free(result);
+  seen = {{}, {}, 3, 9};
+  EXPECT(quantempo_sample(session, &options, &result) == QUANTEMPO_CALLBACK_FAILED && result == nullptr);
+  EXPECT(said("on_preview after step 3: found 9") && (seen.steps == std::vector<std::int64_t>{1, 3}));
+  seen = {{}, {}, 1, 1};
+  EXPECT(quantempo_sample(session, &options, &result) == QUANTEMPO_CANCELLED && result == nullptr);
+  EXPECT((seen.steps == std::vector<std::int64_t>{1}));
+  EXPECT(latents_of(session, plain()) == untouched);
+}
+
 void wrapper() {
   quantempo::OpenOptions open;
   open.library = library;
@@ -250,6 +297,14 @@ void wrapper() {
   }
   EXPECT(caught == "enough");
   options.on_step = nullptr;
+  options.on_preview = [](std::int64_t, const quantempo_image&) -> quantempo::Go { throw std::logic_error("unseen"); };
+  try {
+    session.sample(options);
+  } catch (const std::logic_error& error) {
+    caught = error.what();
+  }
+  EXPECT(caught == "unseen");
+  options.on_preview = nullptr;
   const auto moved = session.sample(options);
   EXPECT(moved.size() == 1 && !moved.latents().empty());
   options.labels = {-1};
@@ -329,7 +384,7 @@ void engine_libraries(const char* old_engine) {
   quantempo_session* session = nullptr;
   options.library = old_engine;
   EXPECT(quantempo_open(bundle, &options, &session) == QUANTEMPO_ENGINE_ERROR);
-  EXPECT(said("ONNX Runtime 1.4.0") && said("ONNX Runtime 1.16 or newer"));
+  EXPECT(said("ONNX Runtime 1.4.0") && said("ONNX Runtime 1.18 or newer"));
   options.library = "libz.so.1";
   EXPECT(quantempo_open(bundle, &options, &session) == QUANTEMPO_ENGINE_ERROR && said("OrtGetApiBase"));
   options.library = "/nowhere/libonnxruntime.so";
@@ -363,6 +418,7 @@ int main(int count, char** words) {
   pinned_inputs(session);
   results(session);
   callbacks(session);
+  previews(session);
   two_threads_on_one_handle(session);
   cancelling_from_another_thread(session);
   quantempo_close(session);

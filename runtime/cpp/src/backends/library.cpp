@@ -12,7 +12,8 @@ namespace quantempo::runtime {
 void* open_library(const std::string& backend, const std::string& named, const std::vector<std::string>& usual) {
   std::string variable = "QUANTEMPO_", words;
   for (const char letter : backend) variable += static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
-  const char* set = std::getenv((variable + "_LIBRARY").c_str());
+  variable += "_LIBRARY";
+  const char* set = std::getenv(variable.c_str());
   std::vector<std::string> names = usual;
   if (set != nullptr && *set != '\0') names = {set};
   if (!named.empty()) names = {named};
@@ -24,7 +25,8 @@ void* open_library(const std::string& backend, const std::string& named, const s
   }
   throw Error(Kind::EngineError, "engine " + repr(backend), "no library that opens (" + words + ")",
               "the library of " + backend, "it is not installed, or lies where the system does not look",
-              "install it, or pass its path as the option `library`");
+              "install it, or pass its path as the option `library` or in " + variable +
+                  " (the Python packages hold the libraries: docs/cpp.md, Backends)");
 }
 
 void* find_symbol(void* library, const char* name) { return ::dlsym(library, name); }

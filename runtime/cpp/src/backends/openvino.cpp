@@ -4,6 +4,7 @@
 // element types are not those of every version.  With fixed shapes (the default) a graph is compiled once per set of
 // bound sizes, which is faster than once for all.
 #include <array>
+#include <cstdio>
 #include <sstream>
 
 #include "../cpu.hpp"
@@ -42,7 +43,7 @@ struct TensorShape {
 };
 using Status = int;  // 0 is success
 
-constexpr const char* kOldest = "OpenVINO 2024.0 or newer";
+constexpr int kYear = 2024, kRelease = 3;  // of the oldest library that the tests of this runtime ran with
 constexpr std::size_t kKept = 4;  // compiled sizes that an engine remembers; bindings keep theirs alive themselves
 
 // The functions of the library that the backend uses, found by name.
@@ -57,6 +58,7 @@ class Api {
       version_ = found.build == nullptr ? "" : found.build;
       version_free(&found);
     }
+    require_version();
     find(last_error, "ov_get_last_err_msg");
     find(error_info, "ov_get_error_info");
     find(free_text, "ov_free");
@@ -125,12 +127,26 @@ class Api {
   void (*request_free)(Request*);
 
  private:
+  static std::string oldest() {
+    return "OpenVINO " + std::to_string(kYear) + "." + std::to_string(kRelease) + " or newer";
+  }
+
+  // A build's number begins with year and release, as in 2024.3.0-16041-1e3b88e4e3f; one that somebody compiled may be
+  // any words, and is judged by its functions alone.
+  void require_version() const {
+    int year = 0, release = 0;
+    if (std::sscanf(version_.c_str(), "%d.%d", &year, &release) != 2) return;
+    if (year > kYear || (year == kYear && release >= kRelease)) return;
+    throw Error(Kind::EngineError, "engine 'openvino'", "OpenVINO " + version_, oldest(),
+                "the library is older than this runtime", "update OpenVINO");
+  }
+
   template <typename Function>
   void find(Function& function, const char* name) {
     void* symbol = find_symbol(library_, name);
     if (symbol == nullptr) {
       throw Error(Kind::EngineError, "engine 'openvino'",
-                  (version_.empty() ? std::string("a library") : "OpenVINO " + version_) + " without " + name, kOldest,
+                  (version_.empty() ? std::string("a library") : "OpenVINO " + version_) + " without " + name, oldest(),
                   "the library is older than this runtime, or another one", "update OpenVINO");
     }
     function = reinterpret_cast<Function>(symbol);

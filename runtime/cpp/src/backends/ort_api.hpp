@@ -29,7 +29,7 @@ struct ApiBase {
   const char* (*version)();
 };
 
-inline constexpr std::uint32_t kApiVersion = 16;  // of ONNX Runtime 1.16; later ones carry it too
+inline constexpr std::uint32_t kApiVersion = 18;  // of ONNX Runtime 1.18, the oldest that opens a bundle's graphs; later ones carry it too
 
 // A function at its position in the table.
 template <std::size_t Position, typename Function>
