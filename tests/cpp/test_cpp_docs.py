@@ -41,7 +41,7 @@ def test_the_commands_and_the_example_work(built: Path, ort_library: Path, parts
     installed, picture = tmp_path / "installed", tmp_path / "out.png"
     places = {
         "build/cpp": built, "/usr/local": installed, " out ": f" {parts} ", "out.png": picture,
-        "python3": sys.executable, "--steps 20": "--steps 5",
+        "find .venv": f"find {sys.prefix}", "--steps 20": "--steps 5",
     }  # fmt: skip
     call("bash", "-c", script(blocks("bash")[0], **places))
     assert Image.open(picture).size == (8, 8)

@@ -21,7 +21,7 @@ SHELL = ("bash", "sh", "shell", "console")
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
 """Click's class; newer typers carry a click of their own."""
-PLANNED_ELSEWHERE = ("git", "cd", "python3", "source", ".", "apt", "dpkg")
+PLANNED_ELSEWHERE = ("git", "cd", "python3", "source", ".", "export", "apt", "dpkg")
 """Words that need nothing of ours to exist."""
 
 
