@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -44,12 +44,15 @@ class GraphFile:
     data: tuple[str, ...]
 
 
-def write_graphs(folder: Path, graphs: Mapping[str, ir.Model]) -> dict[str, GraphFile]:
+def write_graphs(
+    folder: Path, graphs: Mapping[str, ir.Model], advance: Callable[[int, int], None] | None = None
+) -> dict[str, GraphFile]:
     """Write graphs and the weight files that they share.
 
     Args:
         folder: exists; none of the files may be there yet.
         graphs: by name, e.g. `full.ort-f32`, which becomes `full.ort-f32.onnx`.  They are left as they are.
+        advance: told the number of graphs done and in all.
 
     Returns:
         What was written, by graph name.
@@ -60,8 +63,10 @@ def write_graphs(folder: Path, graphs: Mapping[str, ir.Model]) -> dict[str, Grap
     """
     with _Files(folder) as files:
         written = {}
-        for name in sorted(graphs):
+        for done, name in enumerate(sorted(graphs), start=1):
             written[name] = _write_graph(files, name, graphs[name])
+            if advance is not None:
+                advance(done, len(graphs))
         files.commit()
     return written
 

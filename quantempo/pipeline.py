@@ -18,7 +18,8 @@ from quantempo.contracts.table import ScaleTable
 from quantempo.devices.guarding import guard_mode, guard_stage
 from quantempo.errors import PlanError, RequestError
 from quantempo.inspection import STATISTICS
-from quantempo.progress import Progress, SilentProgress
+from quantempo.progress import Advance, Progress, SilentProgress
+from quantempo.progress import parts as shares
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.runtime.bundle_writer import BundleWriter, aside, check_target, clean_up
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 WRITES = "a bundle is always written anew"
+WRITE_SHARES = (1, 2, 1)
+"""The work of writing: the quantized graphs, the float twin, digests and syncing."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ def compile_model(
         exported = export_model(opened, store)
         view = float_view(exported, recipe)
         if recipe.precision == "float32":
-            with progress.stage("write", WRITES):
-                bundle = write_float(exported, recipe, out, overwrite)
+            with progress.stage("write", WRITES) as advance:
+                bundle = write_float(exported, recipe, out, overwrite, advance)
             return CompileSummary(bundle, 0, 0, 0, tuple(store.runs))
         cut = cut_for_caching(exported.graph, recipe)
         plan, taps = plan_stage(store, exported, recipe, plan_file)
@@ -136,8 +139,8 @@ def compile_model(
         parts = _parts(exported, plan, table, weights, collected, view, opened)
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
         with BundleWriter(out, overwrite=overwrite) as writer:
-            with progress.stage("write", WRITES):
-                bundle = _fill(writer, parts, choice, cache, second)
+            with progress.stage("write", WRITES) as advance:
+                bundle = _fill(writer, parts, choice, cache, second, advance)
                 guarded.write(writer.root, bundle.digest)
             judged = None if min_psnr is None else _judge(writer, min_psnr, recipe, given, progress)
     if judged is not None:
@@ -182,21 +185,24 @@ def _parts(
 
 def _fill(
     writer: BundleWriter, parts: CacheParts, choice: GraphChoice, cache: CacheResult | None,
-    second: Mapping[str, QuantizedWeight] | None,
+    second: Mapping[str, QuantizedWeight] | None, advance: Advance,
 ) -> OpenBundle:
     """Write a quantized bundle, its float reference and what the report needs."""
     exported, recipe = parts.exported, parts.recipe
+    quantized, twin, digests = shares(advance, *WRITE_SHARES) if recipe.reference else shares(advance, 1, 0, 1)
     fitted = None if cache is None else cache.fitted
     manifest = write_quantized(
-        writer, exported, parts.plan, parts.table, parts.weights, recipe, choice, fitted, second
+        writer, exported, parts.plan, parts.table, parts.weights, recipe, choice, fitted, second, quantized
     )
     if recipe.reference:
-        write_float(exported, recipe, writer.root / "reference", overwrite=False)
+        write_float(exported, recipe, writer.root / "reference", overwrite=False, advance=twin)
         (writer.root / STATISTICS).parent.mkdir()
         parts.statistics.save(writer.root / STATISTICS)
     if cache is not None:
         cache.write_report(writer.root)
-    return writer.finish(manifest)
+    finished = writer.finish(manifest)
+    digests(1, 1)
+    return finished
 
 
 def _judge(

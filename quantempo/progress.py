@@ -6,15 +6,44 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, Protocol, TextIO
+from typing import Literal, Protocol, TextIO, TypeVar
 
 Advance = Callable[[int, int], None]
 """Called with (done, total)."""
 LOGS = ("text", "json")
 UPDATE_SECONDS, UPDATE_VARIABLE = 1.0, "QUANTEMPO_PROGRESS_SECONDS"
 """Least time between two progress lines of the JSON log, and the environment variable that sets another one."""
+
+
+Item = TypeVar("Item")
+
+
+def silent(done: int, total: int) -> None:
+    """The `Advance` that tells nobody."""
+
+
+def counted(items: Sequence[Item], advance: Advance) -> Iterator[Item]:
+    """The items, each counted when the next one is asked for."""
+    advance(0, len(items))
+    for done, item in enumerate(items, start=1):
+        yield item
+        advance(done, len(items))
+
+
+def parts(advance: Advance, *weights: float) -> tuple[Advance, ...]:
+    """An `Advance` for each of several parts of a stage, one after the other.
+
+    Args:
+        advance: of the whole stage; it is told thousandths.
+        weights: how the work is spread over the parts.
+    """
+
+    def part(before: float, weight: float) -> Advance:
+        return lambda done, total: advance(round(1000 * (before + weight * done / max(total, 1)) / sum(weights)), 1000)
+
+    return tuple(part(sum(weights[:index]), weight) for index, weight in enumerate(weights))
 
 
 class Progress(Protocol):
@@ -41,7 +70,7 @@ class SilentProgress:
     @contextmanager
     def stage(self, title: str, why: str = "") -> Iterator[Advance]:
         """See `Progress`."""
-        yield lambda done, total: None
+        yield silent
 
     def reused(self, title: str, why: str) -> None:
         """See `Progress`."""
@@ -76,7 +105,7 @@ class ConsoleProgress:
 
                 yield advance
         else:
-            yield lambda done, total: None
+            yield silent
         self.note(f"{title}: {f'run ({why}), ' if why else ''}{time.perf_counter() - started:.1f} s")
 
     def reused(self, title: str, why: str) -> None:

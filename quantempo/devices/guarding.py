@@ -30,6 +30,7 @@ from quantempo.engines.guard import Timing, Variant, Verdict, compare
 from quantempo.engines.regions import Region, RegionVerdict, revert_losing, time_regions
 from quantempo.engines.registry import open_engine, preferred_dialect
 from quantempo.errors import NoSites, RequestError, nearest
+from quantempo.progress import Advance, silent
 from quantempo.stages.dialects import GraphChoice, lower_graphs
 
 if TYPE_CHECKING:
@@ -150,11 +151,13 @@ def guard_stage(
     subject = Subject(exported.graph, exported.denoiser, plan, table, weights, choice, threads)
     if mode == "off":
         return settle(subject, mode)
-    with progress.stage("latency guard", "timings are never reused"):
-        return settle(subject, mode)
+    with progress.stage("latency guard", "timings are never reused") as advance:
+        return settle(subject, mode, advance=advance)
 
 
-def settle(subject: Subject, mode: GuardMode, timing: Timing | None = None) -> Guarded:
+def settle(
+    subject: Subject, mode: GuardMode, timing: Timing | None = None, advance: Advance = silent
+) -> Guarded:
     """Time the quantized model against its float twin, on every CPU engine that is installed.
 
     Per-region times are taken on the first of them, ONNX Runtime, whose graphs are the ones that a reverted region
@@ -164,6 +167,8 @@ def settle(subject: Subject, mode: GuardMode, timing: Timing | None = None) -> G
         subject: see there.
         mode: `off` times nothing.
         timing: see there.
+        advance: told the number of variants opened and in all; in the mode `revert` nobody knows how many there will
+            be, and it is told nothing.
 
     Raises:
         NoSites: in the mode `revert`, nothing is faster in integers.
@@ -175,8 +180,10 @@ def settle(subject: Subject, mode: GuardMode, timing: Timing | None = None) -> G
     regions = regions_of(subject.plan)
     quantized = frozenset(site.id for site in subject.plan.quantized())
     records = []
+    # Two variants for the verdict of each engine, two for each region on the first.
+    opened = _Opened(advance if mode == "record" else silent, 2 * (len(engines) + len(regions)))
     for index, backend in enumerate(engines):
-        maker = _Maker(subject, backend)
+        maker = _Maker(subject, backend, opened)
         reverted: tuple[str, ...] = ()
         found: tuple[RegionVerdict, ...] = ()
         verdict: Verdict | None
@@ -242,11 +249,23 @@ def restricted(
     return changed, ScaleTable(table.partition, kept)
 
 
+class _Opened:
+    """Counts the variants that were opened for timing."""
+
+    def __init__(self, advance: Advance, total: int) -> None:
+        self._advance, self._total, self._done = advance, total, 0
+
+    def count(self) -> None:
+        """One more."""
+        self._done += 1
+        self._advance(min(self._done, self._total), self._total)
+
+
 class _Maker:
     """Lowers, writes and opens variants of one model for one backend."""
 
-    def __init__(self, subject: Subject, backend: str) -> None:
-        self._subject, self._backend = subject, backend
+    def __init__(self, subject: Subject, backend: str, opened: _Opened) -> None:
+        self._subject, self._backend, self._opened = subject, backend, opened
         self._dialect = preferred_dialect(backend, ("ort", "portable"))
 
     def twin(self) -> Variant:
@@ -280,6 +299,7 @@ class _Maker:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        self._opened.count()
         # An engine may map its weights until it compiles them at `bind`.
         weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
         return engine

@@ -33,7 +33,7 @@ from quantempo.contracts.manifest import Denoiser
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram
 from quantempo.engines.registry import open_engine
-from quantempo.progress import Advance
+from quantempo.progress import Advance, silent
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.runtime.guidance import CONDITIONAL
@@ -120,7 +120,8 @@ def calibrate(
         loop: the caller's own sampling loop, instead of step programs; see `CalibrationLoop`.
         batches: what to run; `None` for `trajectory_batches`.
         checkpoint: file to which the state goes after each batch, and from which an interrupted run goes on.
-        progress: told the number of batches done and in all.
+        progress: told the work done and in all: calls, where a batch with fewer counts as much as one with most; with
+            a loop of the caller's, batches.
 
     Raises:
         NonFiniteActivation: a tapped tensor held NaN or infinity.
@@ -145,10 +146,13 @@ def calibrate(
 
         chosen = _selection(recipe, batches, known, taps, sample)
 
+        told = _Calls(progress or silent, max(len(known[batch.program].calls) for batch in batches))
+
         def run_batch(batch: TrajectoryBatch, observe: Observer) -> None:
             given = sample_request(batch, denoiser, arrays or {}).arrays
 
             def observer(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
+                told.call(seen.index, len(known[batch.program].calls))
                 if (batch.index, seen.index) in chosen:
                     values = {name: outputs[name].array for name in inner}
                     values |= {name: fed_rows(name, seen, given) for name in taps.observed if name not in values}
@@ -157,8 +161,26 @@ def calibrate(
 
             sample(batch, observer)
 
-        statistics = run_calibration(batches, run_batch, collector, checkpoint, progress, grams)
+        statistics = run_calibration(batches, run_batch, collector, checkpoint, told.batch, grams)
     return Calibration(statistics, grams)
+
+
+class _Calls:
+    """Tells of calls within a batch, so that the time left is known before the first batch ends."""
+
+    def __init__(self, advance: Advance, most: int) -> None:
+        self._advance, self._most = advance, most
+        self._done, self._batches = 0, 1
+
+    def batch(self, done: int, batches: int) -> None:
+        """Batches done and in all."""
+        self._done, self._batches = done, batches
+        self._advance(done * self._most, batches * self._most)
+
+    def call(self, index: int, calls: int) -> None:
+        """A call of the next batch begins to be looked at."""
+        within = self._most * index // calls
+        self._advance(self._done * self._most + within, self._batches * self._most)
 
 
 def large_weights(bundle: OpenBundle) -> Mapping[str, str]:

@@ -20,7 +20,7 @@ from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram, check_program
 from quantempo.engines.registry import open_engine
 from quantempo.errors import ExportError, PlanError, RequestError
-from quantempo.progress import Advance
+from quantempo.progress import Advance, counted
 from quantempo.recipe import Recipe
 from quantempo.stages.calibration import ENGINE, MAPPED, Taps, trajectory_batches
 from quantempo.stages.conditioning import resolve
@@ -238,7 +238,7 @@ def _programs(
     from quantempo.export.sampler import trace_programs
 
     def make(folder: Path, advance: Advance) -> None:
-        for count, traced in trace_programs(stock, steps).items():
+        for count, traced in trace_programs(stock, counted(steps, advance)).items():
             program = by_expert(traced, boundary)
             (folder / f"{count:04d}.json").write_text(canonical_json(program))
 

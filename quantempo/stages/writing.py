@@ -19,6 +19,7 @@ from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.ort import optimized_graph
 from quantempo.engines.targets import target
 from quantempo.errors import ExportError
+from quantempo.progress import Advance, silent
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter
@@ -43,10 +44,12 @@ def write_quantized(
     choice: GraphChoice,
     cache: FittedCache | None = None,
     second: Mapping[str, QuantizedWeight] | None = None,
+    advance: Advance = silent,
 ) -> Manifest:
     """Write everything but the manifest of a quantized bundle; the graphs of `cache` join or replace the others.
 
-    The weights of a second expert are `second`; it shares the plan and the scales, which differ by timestep.
+    The weights of a second expert are `second`; it shares the plan and the scales, which differ by timestep.  `advance`
+    is told the number of graphs written and in all.
     """
     from safetensors.numpy import save
 
@@ -57,7 +60,7 @@ def write_quantized(
     if cache is not None:
         graphs |= cache.lower(plan, weights, choice)
     denoiser = dataclasses.replace(exported.denoiser, group_input=GROUP_INPUT)
-    manifest = _write_common(writer, exported, graphs, denoiser, recipe)
+    manifest = _write_common(writer, exported, graphs, denoiser, recipe, advance)
     if "ort-f32" in choice.names:
         for variant in exported.graphs():
             check_fused(writer.root / "graphs" / f"{variant}.ort-f32.onnx", plan)
@@ -76,11 +79,13 @@ def _requires(denoiser: Denoiser, *features: str) -> tuple[str, ...]:
     return (*features, *(["pinned-inputs-1"] if denoiser.pinned else []))
 
 
-def write_float(exported: Exported, recipe: Recipe, out: Path, overwrite: bool) -> OpenBundle:
-    """A float bundle."""
+def write_float(
+    exported: Exported, recipe: Recipe, out: Path, overwrite: bool, advance: Advance = silent
+) -> OpenBundle:
+    """A float bundle; `advance` is told the number of graphs written and in all."""
     with BundleWriter(out, overwrite=overwrite) as writer:
         graphs = {f"{variant}.float-f32": graph for variant, graph in exported.graphs().items()}
-        manifest = _write_common(writer, exported, graphs, exported.denoiser, recipe)
+        manifest = _write_common(writer, exported, graphs, exported.denoiser, recipe, advance)
         writer.finish(manifest)
     return read_bundle(out)
 
@@ -115,6 +120,7 @@ def _write_common(
     graphs: Mapping[str, Graph],
     denoiser: Denoiser,
     recipe: Recipe,
+    advance: Advance,
 ) -> Manifest:
     """Graphs, programs and recipe; the manifest of a float bundle with them."""
     from quantempo.export.graph_files import write_graphs
@@ -125,7 +131,7 @@ def _write_common(
         models["decoder.float-f32"] = exported.decoder_graph
         decoder = dataclasses.replace(decoder, graph="decoder.float-f32")
     folder = writer.path("graphs/x").parent
-    written = write_graphs(folder, models)
+    written = write_graphs(folder, models, advance)
     entries = {name: graph_entry(name, models[name], file.file, file.data) for name, file in written.items()}
     files = {}
     for steps, path in exported.programs.items():

@@ -6,7 +6,15 @@ import json
 import pytest
 
 from quantempo import progress as module
-from quantempo.progress import ConsoleProgress, JsonProgress, Progress, SilentProgress, console_progress
+from quantempo.progress import (
+    ConsoleProgress,
+    JsonProgress,
+    Progress,
+    SilentProgress,
+    console_progress,
+    counted,
+    parts,
+)
 
 
 def run(shown: Progress) -> None:
@@ -62,6 +70,24 @@ def test_json_lines_are_rare_but_the_last_one_is_always_there() -> None:
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert lines[-2]["done"] == 1000
     assert len(lines) < 10
+
+
+def test_parts_of_a_stage_add_up() -> None:
+    told: list[tuple[int, int]] = []
+    first, nothing, last = parts(lambda *seen: told.append(seen), 3, 0, 1)
+    first(1, 2)
+    first(2, 2)
+    nothing(5, 5)
+    last(0, 0)
+    last(1, 1)
+    assert told == [(375, 1000), (750, 1000), (750, 1000), (750, 1000), (1000, 1000)]
+
+
+def test_items_are_counted_when_they_are_done() -> None:
+    told: list[tuple[int, int]] = []
+    for item in counted("ab", lambda *seen: told.append(seen)):
+        assert told[-1] == (ord(item) - ord("a"), 2)
+    assert told[-1] == (2, 2)
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from support import tiny_models
 
 from quantempo.errors import RequestError
 from quantempo.pipeline import compile_model
-from quantempo.progress import Advance, JsonProgress, SilentProgress
+from quantempo.progress import UPDATE_VARIABLE, Advance, JsonProgress, SilentProgress
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle
 from quantempo.stages.listing import list_stages
@@ -26,16 +26,6 @@ from quantempo.stages.store import RECORD, WORK_VARIABLE, KeyLock, StageResult, 
 CENTRED_BY_GROUPS = {"scales", "weights"}
 ALWAYS = {"write"}
 """No result of an earlier compile can stand for it."""
-
-
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> Path:
-    """The stage store after one compile of the tiny DiT."""
-    folder = tmp_path_factory.mktemp("stages")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(WORK_VARIABLE, str(folder / "work"))
-        compile_model(tiny_models.dit_pipeline(), folder / "bundle", small)
-    return folder / "work"
 
 
 class Log:
@@ -56,6 +46,40 @@ class Log:
 
     def reused(self) -> set[str]:
         return {event["stage"] for event in self.events() if event["event"] == "reused"}
+
+    def foretold(self) -> set[str]:
+        """Stages that said how much was left before they ended; what they say only grows, up to the whole."""
+        found: dict[str, list[float]] = {}
+        for event in self.events():
+            if event["event"] == "progress":
+                found.setdefault(event["stage"], []).append(event["done"] / event["total"])
+        assert all(shares == sorted(shares) and shares[-1] == 1 for shares in found.values()), found
+        return {stage for stage, shares in found.items() if any(0 < share < 1 for share in shares)}
+
+
+FIRST = Log()
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> Path:
+    """The stage store after one compile of the tiny DiT, whose events are in `FIRST`."""
+    folder = tmp_path_factory.mktemp("stages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WORK_VARIABLE, str(folder / "work"))
+        patch.setenv(UPDATE_VARIABLE, "1e-9")
+        compile_model(tiny_models.dit_pipeline(), folder / "bundle", small, progress=FIRST.progress)
+    return folder / "work"
+
+
+def test_a_stage_that_can_predict_says_what_is_left(first_run: Path) -> None:
+    # Tracing is one call of torch's; a plan and scales take seconds at most.
+    assert FIRST.ran() - FIRST.foretold() == {"denoiser", "decoder", "plan", "scales"}
+
+
+def test_time_left_is_known_within_a_batch(first_run: Path) -> None:
+    seen = [e for e in FIRST.events() if e["event"] == "progress" and e["stage"] == "calibrate"]
+    assert {event["total"] for event in seen} == {2 * 4}, "two batches of four calls"
+    assert {event["done"] for event in seen} == set(range(9))
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +127,10 @@ def test_a_changed_setting_runs_exactly_what_depends_on_it(
     # A copy of the store after one compile: other tests' compiles must not count as earlier results.
     shutil.copytree(first_run, tmp_path / "work")
     monkeypatch.setenv(WORK_VARIABLE, str(tmp_path / "work"))
+    monkeypatch.setenv(UPDATE_VARIABLE, "1e-9")
     log = Log()
     made = compile_tiny(tmp_path / "bundle", progress=log.progress, **changes)
+    assert log.foretold() >= {"write", "ranges", "latency guard"} & log.ran()
     assert log.ran() == stages | ALWAYS
     assert log.reused() == {"sampler", "denoiser", "decoder", "plan", "calibrate", "scales", "weights"} - stages
     assert {run.stage for run in made.stages if not run.reused} == stages - {"latency guard"}
