@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,20 @@ def _caches_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 def _same_numbers() -> None:
     if "torch" in sys.modules:  # its import takes seconds, and many tests go without
         sys.modules["torch"].manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the C++ runtime took, and whether it was left out."""
+    reports = [
+        report for outcome in ("passed", "failed", "skipped", "") for report in terminalreporter.stats.get(outcome, [])
+        if isinstance(report, pytest.TestReport) and report.nodeid.startswith("tests/cpp/")
+    ]
+    if not reports:
+        return
+    ran = {report.nodeid for report in reports if report.when == "call"}
+    skipped = {report.nodeid for report in reports if report.outcome == "skipped"}
+    built = Path(__file__).parent.parent / "build" / "cpp" / "seconds.txt"
+    words = f"configured and built in {built.read_text().strip()} s; " if built.exists() else ""
+    counts = f"{len(ran - skipped)} tests ran and {len(skipped)} were skipped"
+    terminalreporter.section("C++ runtime")
+    terminalreporter.line(f"{words}{counts}, {sum(report.duration for report in reports):.0f} s in all")

@@ -2,7 +2,8 @@
 
 With `QUANTEMPO_CPP_SANITIZE` set to sanitizers (`address,undefined` or `thread`), the programs are built with them; see
 tools/cpp_sanitizers.py.  `QUANTEMPO_CPP_BUILD` names a folder of programs to use instead, such as scripts that run
-those of another processor in an emulator.
+those of another processor in an emulator.  Where `CI` is set, a missing tool fails the tests that need it; elsewhere it
+skips them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -24,7 +28,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "runtime" / "cpp"
 SANITIZE = os.environ.get("QUANTEMPO_CPP_SANITIZE", "")
 BUILT = os.environ.get("QUANTEMPO_CPP_BUILD", "")
-TOOLS = shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"))
+SECONDS = "seconds.txt"
+"""In a build folder: how long it took to configure and build from nothing."""
+
+# CMake and Ninja may be those that pip installed beside this Python; the system's come first.
+os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
+
+
+def missing(what: str) -> NoReturn:
+    """End a test that needs something which is not here."""
+    if os.environ.get("CI"):
+        pytest.fail(f"needs {what}, and CI must not leave the C++ runtime out", pytrace=False)
+    pytest.skip(f"needs {what}")
 
 
 def call(*words: object, **environment: str) -> str:
@@ -37,12 +52,12 @@ def call(*words: object, **environment: str) -> str:
 
 
 def configure_and_build(folder: Path, *options: str) -> Path:
-    """A build folder; what is up to date in it is kept.  Skips where there is no CMake or no compiler.
+    """A build folder; what is up to date in it is kept.  Skips, or fails in CI, where there is no CMake or compiler.
 
     Tests run in several processes: one builds, the others wait for it.
     """
-    if not TOOLS:
-        pytest.skip("needs cmake and a C++ compiler")
+    if not shutil.which("cmake") or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        missing("CMake and a C++ compiler")
     json_headers = importlib.util.find_spec("nlohmann_json")
     if json_headers is not None and json_headers.origin is not None:
         options = (*options, f"-DNLOHMANN_JSON_INCLUDE={Path(json_headers.origin).parent / 'include'}")
@@ -51,8 +66,11 @@ def configure_and_build(folder: Path, *options: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fresh = not (folder / "CMakeCache.txt").exists()
         generator = ("-G", "Ninja") if shutil.which("ninja") and fresh else ()
+        started = time.monotonic()
         call("cmake", "-S", SOURCE, "-B", folder, *generator, *options)
         call("cmake", "--build", folder, "-j", "2")
+        if fresh:
+            (folder / SECONDS).write_text(f"{time.monotonic() - started:.0f}\n")
     return folder
 
 
@@ -69,13 +87,13 @@ def build_for_tests() -> Path:
 
 
 def engine_library(engine: str) -> Path:
-    """An engine's shared library, as its Python package ships it.  Skips where the package is not installed."""
+    """An engine's shared library, as its Python package ships it.  Skips, or fails in CI, where that is missing."""
     package, pattern = {
         "ort": ("onnxruntime", "capi/libonnxruntime.so.*"), "openvino": ("openvino", "libs/libopenvino_c.so*")
     }[engine]  # fmt: skip
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        pytest.skip(f"needs {package}")
+        missing(package)
     (library,) = Path(found.origin).parent.glob(pattern)
     return library
 
