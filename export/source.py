@@ -15,6 +15,7 @@ from typing import Any
 
 from quantempo.contracts.codec import canonical_json, parse_json
 from quantempo.errors import ModelError, NotAModelDirectory, PickleCheckpoint, UnsupportedModel, nearest
+from quantempo.export.classes import is_known
 from quantempo.export.families import FAMILIES, class_of
 from quantempo.export.sizes import latent_size
 
@@ -32,7 +33,8 @@ class ModelParts:
         tokens: prompt length; 0 for the model's usual one.
         controlnets: folders of ControlNets that become part of the graph.
         adapters: safetensors files of IP-Adapters that become part of the graph.
-        inputs: `.npz` file with an example call, for a class that quantempo does not know.
+        inputs: `.npz` file with an example call, for a class whose inputs do not follow from its signature.
+        code: Python file that defines the denoiser's class, for a class that diffusers does not have.
     """
 
     size: str = ""
@@ -40,6 +42,7 @@ class ModelParts:
     controlnets: tuple[Path, ...] = ()
     adapters: tuple[Path, ...] = ()
     inputs: Path | None = None
+    code: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def open_source(model: Path, scheduler: Path | None = None, parts: ModelParts | 
     Raises:
         NotAModelDirectory: neither kind of directory, or a part of it is missing.
         PickleCheckpoint: the weights are there only as a pickle.
-        UnsupportedModel: the denoiser's class is not one that quantempo knows how to feed.
+        UnsupportedModel: nobody defines the denoiser's class.
     """
     model, parts = Path(model), parts or ModelParts()
     _refuse_non_directory(model)
@@ -309,7 +312,8 @@ def _check_files(parts: ModelParts) -> None:
     for folder in parts.controlnets:
         read_json_object(folder / "config.json")
         weight_files(folder)
-    for path, suffix in [(path, ".safetensors") for path in parts.adapters] + [(parts.inputs, ".npz")]:
+    named = [(path, ".safetensors") for path in parts.adapters]
+    for path, suffix in [*named, (parts.inputs, ".npz"), (parts.code, ".py")]:
         if path is None or (path.is_file() and path.suffix == suffix):
             continue
         if path.suffix in PICKLE_SUFFIXES:
@@ -323,7 +327,7 @@ def _check_files(parts: ModelParts) -> None:
 def _added_files(parts: ModelParts) -> tuple[Path, ...]:
     """All files of what the user added, which belong to the model's digest."""
     controls = [path for folder in parts.controlnets for path in (folder / "config.json", *weight_files(folder)[0])]
-    return (*controls, *parts.adapters, *([parts.inputs] if parts.inputs else []))
+    return (*controls, *parts.adapters, *(path for path in (parts.inputs, parts.code) if path is not None))
 
 
 def _class_name(denoiser: Path, config: Mapping[str, Any], parts: ModelParts) -> str:
@@ -334,21 +338,15 @@ def _class_name(denoiser: Path, config: Mapping[str, Any], parts: ModelParts) ->
             cause="this is the configuration of something else, such as a text encoder",
             remedy="give the directory of the transformer or UNet",
         )
-    if name not in FAMILIES and parts.inputs is None:
+    if name not in FAMILIES and parts.code is None and not is_known(name):
         raise UnsupportedModel(
-            str(denoiser / "config.json"), found=f"class {name!r}", wanted="one of " + ", ".join(sorted(FAMILIES)),
-            cause="quantempo has no description of this architecture's inputs, and makes none up",
-            remedy=_unknown(name) + "give one example call with --inputs FILE.npz: an array for each argument of "
-            "forward that the model's pipeline passes, with a batch of 2 (docs/models.md)",
+            str(denoiser / "config.json"), found=f"class {name!r}, which the installed diffusers does not have",
+            wanted="a denoiser of diffusers, such as " + ", ".join(sorted(FAMILIES)),
+            cause="a slip in '_class_name', a model that is newer than the installed diffusers, or a class of your own",
+            remedy=nearest(name, FAMILIES) + " Or run: pip install --upgrade diffusers; or add --code FILE.py, the "
+            "file that defines the class (docs/models.md)",
         )
     return name
-
-
-def _unknown(name: str) -> str:
-    """What to do about a class that is none of diffusers', before the rest of the remedy; nothing where it is one."""
-    import diffusers
-
-    return "" if hasattr(diffusers, name) else nearest(name, FAMILIES) + " Or "
 
 
 def _labels(index: Mapping[str, Any]) -> Mapping[str, str]:

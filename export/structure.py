@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import onnx_ir as ir
 import torch
 
 from quantempo.contracts.plan import QuantPlan
 from quantempo.errors import ExportError
+from quantempo.export.classes import find_class, make
 from quantempo.export.families import family_of
 from quantempo.export.graph_files import INLINE_BYTES
 from quantempo.export.sites import default_plan
@@ -43,10 +42,10 @@ def trace_structure(model: Path, target: Path) -> QuantPlan:
     """
     source = open_structure(model)
     family = family_of(source)
-    made: Any = getattr(diffusers, source.class_name)
+    made = find_class(source.class_name)
     try:
         with torch.device("meta"):
-            module = made.from_config(dict(source.config))
+            module = make(made, source.config)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise ExportError(
             str(source.denoiser), found=f"a configuration that diffusers refuses ({error})",

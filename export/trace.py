@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import onnx_ir as ir
 import torch
 from diffusers.models import attention_processor
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
+from safetensors import SafetensorError
 from torch import nn
 
 from quantempo.contracts.plan import Site
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import BatchLoop, ExportError
 from quantempo.export.capture import capture, first_line, quiet
+from quantempo.export.classes import find_class, make
 from quantempo.export.dense_experts import dense_experts
 from quantempo.export.families import Family, family_of
 from quantempo.export.families.adapters import load_adapters
@@ -68,7 +70,7 @@ class FloatGraph:
 
 def load_denoiser(source: ModelSource) -> nn.Module:
     """The denoiser in float32 and evaluation mode, from local safetensors alone, with what was added to it."""
-    module = load_component(source.class_name, source.denoiser, source.variant)
+    module = load_component(source.class_name, source.denoiser, source.variant, source.parts.code)
     if source.parts.adapters:
         load_adapters(module, source.parts.adapters)
     if source.parts.controlnets:
@@ -78,15 +80,25 @@ def load_denoiser(source: ModelSource) -> nn.Module:
     return module
 
 
-def load_component(class_name: str, folder: Path, variant: str | None = None) -> nn.Module:
-    """A diffusers model from a folder, in float32 (float16 weights are widened) and evaluation mode.
+def load_component(
+    class_name: str, folder: Path, variant: str | None = None, code: Path | None = None
+) -> nn.Module:
+    """A model from a folder, in float32 (float16 weights are widened) and evaluation mode.
+
+    Args:
+        class_name: of diffusers, or of `code`.
+        folder: with `config.json` and safetensors files.
+        variant: of the files.
+        code: Python file that defines the class.
 
     Raises:
-        ExportError: diffusers cannot load it.
+        ExportError: it cannot be loaded.
     """
+    made: Any = find_class(class_name, code)
+    if not hasattr(made, "from_pretrained"):
+        return load_plain(made, folder)
     try:
         with quiet():
-            made = getattr(diffusers, class_name)
             # All is float32 here, so nothing has to be kept in it; diffusers would ask for another package.
             same: Any = type(class_name, (made,), {"_keep_in_fp32_modules": None})
             module, loading = same.from_pretrained(
@@ -110,6 +122,30 @@ def load_component(class_name: str, folder: Path, variant: str | None = None) ->
         )
     loaded: nn.Module = module.eval()
     return loaded
+
+
+def load_plain(kind: type[nn.Module], folder: Path) -> nn.Module:
+    """A torch module that is no diffusers model: `config.json` holds the arguments of its class.
+
+    Raises:
+        ExportError: class, configuration and weights do not belong together.
+    """
+    from safetensors.torch import load_file
+
+    weights: dict[str, torch.Tensor] = {}
+    try:
+        module = make(kind, json.loads((folder / "config.json").read_bytes()))
+        for file in weight_files(folder)[0]:
+            weights |= load_file(file)
+        module.load_state_dict(weights)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ExportError(
+            str(folder), found=f"weights that do not fit the class ({first_line(error)})", wanted=f"a {kind.__name__}",
+            cause="config.json does not hold the arguments of the class, or the weights are another model's",
+            remedy="write config.json with '_class_name' and these arguments, and the state_dict with "
+            "safetensors.torch.save_file",
+        ) from error
+    return module.float().eval()
 
 
 def trace(source: ModelSource, work: Path) -> FloatGraph:

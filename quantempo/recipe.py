@@ -40,7 +40,8 @@ class Recipe:
         tokens: prompt length; 0 for the model's usual one.
         controlnets: folders of ControlNets that become part of the graph.
         ip_adapters: files of IP-Adapters that become part of the graph.
-        inputs: `.npz` file with an example call, for a denoiser class that quantempo does not know.
+        inputs: `.npz` file with an example call, for a denoiser class whose inputs do not follow from its signature.
+        code: Python file that defines the denoiser's class, for one that diffusers does not have.
         calibration: file with conditioning arrays (`.npz`) or labels (`.txt`, `.json`); see docs/recipe.md.
         rules: changes to the default plan, in order; a later one wins.
         keep, exclude: module-path patterns kept in float, whatever the rules say (one list under two names).
@@ -79,6 +80,7 @@ class Recipe:
     controlnets: tuple[str, ...] = ()
     ip_adapters: tuple[str, ...] = ()
     inputs: str = ""
+    code: str = ""
     calibration: str = ""
     rules: tuple[Rule, ...] = ()
     keep: tuple[str, ...] = ()

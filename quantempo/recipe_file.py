@@ -15,7 +15,7 @@ from quantempo.recipe import Recipe
 
 LISTS = ("rules",)
 """Fields whose entries add up over several files; of any other field the last one counts."""
-PATHS = ("schedulers", "calibration", "controlnets", "ip_adapters", "inputs")
+PATHS = ("schedulers", "calibration", "controlnets", "ip_adapters", "inputs", "code")
 """Fields with file paths, which count from the recipe's own folder."""
 
 

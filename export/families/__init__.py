@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from quantempo.errors import UnsupportedModel, nearest
+from quantempo.errors import UnsupportedModel
+from quantempo.export.classes import find_class, whole_config
 from quantempo.export.families import adapters, dit, flux, pixart, sd3, unet2d, unet2d_condition, wan
 from quantempo.export.families.base import Family, FamilyContext
+from quantempo.export.families.derived import family_of_class, fitted_to_class
 from quantempo.export.families.example import family_of_example, family_of_inputs
 
 if TYPE_CHECKING:
@@ -28,8 +32,8 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], FamilyContext], Family]] = {
 }
 
 __all__ = [
-    "FAMILIES", "Family", "FamilyContext", "class_of", "family_of", "family_of_example", "family_of_inputs",
-    "family_of_module",
+    "FAMILIES", "Family", "FamilyContext", "class_of", "family_of", "family_of_class", "family_of_example",
+    "family_of_inputs", "family_of_module",
 ]  # fmt: skip
 
 
@@ -48,12 +52,20 @@ def family_of(source: ModelSource) -> Family:
     """The family of a model directory.
 
     Raises:
-        UnsupportedModel: a configuration key asks for something that the family does not know.
+        UnsupportedModel: a configuration key asks for something that the family does not know, or the inputs of a
+            class without one do not follow from its signature and configuration.
         ExportError: the example call does not fit the class.
     """
-    if source.parts.inputs is not None:
-        return family_of_inputs(source.class_name, source.parts.inputs)
-    config = dict(source.config)
+    parts, name = source.parts, source.class_name
+    if (parts.controlnets or parts.adapters) and name != unet2d_condition.CLASS_NAME:
+        raise UnsupportedModel(
+            f"denoiser of class {name!r}", found="a ControlNet or IP-Adapter", wanted=unet2d_condition.CLASS_NAME,
+            cause="networks are added to UNets of Stable Diffusion alone", remedy="leave them out",
+        )
+    kind = find_class(name, parts.code)
+    if parts.inputs is not None:
+        return fitted_to_class(family_of_inputs(name, parts.inputs, parts.code), kind, source.config)
+    config = whole_config(kind, source.config)
     extra = [read_config(folder) for folder in source.parts.controlnets]
     if source.parts.adapters:
         config["encoder_hid_dim_type"] = "ip_image_proj"
@@ -61,13 +73,22 @@ def family_of(source: ModelSource) -> Family:
     context = FamilyContext(
         source.labels, source.parts.tokens or None, source.tokens, source.size, tuple(extra)
     )
-    return _build(source.class_name, config, context)
+    return _build(kind, config, context)
+
+
+def _same_call(kind: Any) -> str | None:
+    """The class with a family that a class is or derives from, and whose call it takes; `None` where there is none."""
+    for base in kind.__mro__:
+        if base.__name__ in FAMILIES and base.__module__.startswith("diffusers."):
+            own, old = (list(inspect.signature(each.forward).parameters) for each in (kind, base))
+            return base.__name__ if own == old else None
+    return None
 
 
 def family_of_module(
     module: nn.Module, tokens: int | None = None, size: tuple[int, ...] | None = None
 ) -> Family:
-    """The family of a diffusers denoiser in memory (benchmarks with random weights).
+    """The family of a denoiser in memory.
 
     Args:
         module: the denoiser.
@@ -75,7 +96,8 @@ def family_of_module(
         size: latent size of a sample; `None` for what its configuration says.
 
     Raises:
-        UnsupportedModel: a module of another class, or with a configuration that the family does not know.
+        UnsupportedModel: a configuration that the family does not know, or a module without one whose inputs do not
+            follow from signature and configuration.
     """
     config: Any = getattr(module, "config", {})
     extra: tuple[Mapping[str, Any], ...] = tuple(
@@ -84,8 +106,8 @@ def family_of_module(
     if isinstance(module, unet2d_condition.ControlledUNet):
         nets: Any = module.controls
         extra += tuple({**net.config, "_class_name": unet2d_condition.CONTROL_CLASS} for net in nets)
-        return _build(unet2d_condition.CLASS_NAME, dict(config), FamilyContext({}, tokens, None, size, extra))
-    return _build(type(module).__name__, dict(config), FamilyContext({}, tokens, None, size, extra))
+        return FAMILIES[unet2d_condition.CLASS_NAME](dict(config), FamilyContext({}, tokens, None, size, extra))
+    return _build(type(module), dict(config), FamilyContext({}, tokens, None, size, extra))
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -94,12 +116,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def _build(class_name: str, config: Mapping[str, Any], context: FamilyContext) -> Family:
-    if class_name not in FAMILIES:
-        raise UnsupportedModel(
-            f"denoiser of class {class_name!r}", found="no family of that name", wanted="one of " + ", ".join(FAMILIES),
-            cause="quantempo has no description of this architecture's inputs, and makes none up",
-            remedy=nearest(class_name, FAMILIES) + " Or describe its inputs by an example: family_of_example(module, "
-            "[arguments]), or --inputs FILE.npz",
-        )
-    return FAMILIES[class_name](config, context)
+def _build(kind: type[nn.Module], config: Mapping[str, Any], context: FamilyContext) -> Family:
+    """The family of a class or of a base whose call it takes, or else what its signature says."""
+    name, base = kind.__name__, _same_call(kind)
+    if base is not None:
+        return dataclasses.replace(FAMILIES[base](config, context), class_name=name)
+    return family_of_class(kind, config, context)

@@ -15,7 +15,8 @@ from torch import nn
 
 from quantempo.contracts.manifest import ArrayInput
 from quantempo.contracts.tensors import TensorSpec
-from quantempo.errors import ExportError, UnsupportedModel, nearest
+from quantempo.errors import ExportError, nearest
+from quantempo.export.classes import find_class
 from quantempo.export.families.base import (
     BATCH,
     PREDICTION,
@@ -93,35 +94,34 @@ def family_of_example(
     return _with_result(module, family, leaves)
 
 
-def family_of_inputs(class_name: str, path: FilePath) -> Family:
-    """The family of a diffusers class from a file with one example call.
+SETTINGS = ("timestep_scale", "timestep_offset", "prediction_scale", "output_select")
+"""Keys of a file with an example call that are no arguments."""
+
+
+def family_of_inputs(class_name: str, path: FilePath, code: FilePath | None = None) -> Family:
+    """The family of a class from a file with one example call.
 
     Args:
         class_name: the denoiser's class.
         path: `.npz`; the keys are arguments of `forward`, with `argument.key` and `argument.0` for nested ones.  Arrays
-            of rank 0 are Python numbers.  `timestep_scale` says what a sampler's timestep is multiplied by.
+            of rank 0 are Python numbers.  `forward` gets `timestep_offset + timestep_scale * t` for a sampler's
+            timestep `t`; the sampler gets the prediction times `prediction_scale`.  `output_select` is the position
+            or name of the output that is the prediction.
+        code: Python file that defines the class.
 
     Returns:
         A family whose inputs all carry the batch; tensors without it become part of the graph.
 
     Raises:
-        UnsupportedModel: diffusers has no such class.
+        UnsupportedModel: there is no such class.
         ExportError: the arrays do not fit its `forward`.
     """
-    import diffusers
-
-    made = getattr(diffusers, class_name, None)
+    made = find_class(class_name, code)
     where = f"example inputs {path} of {class_name}"
-    if made is None:
-        raise UnsupportedModel(
-            where, found="a class that the installed diffusers does not have", wanted="one of its denoisers",
-            cause="the model is newer than the installed diffusers, or the class is your own",
-            remedy="run: pip install --upgrade diffusers; a class of your own is traced in Python, with "
-            "family_of_example and trace_module (docs/models.md)",
-        )
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    scale = float(arrays.pop("timestep_scale", 1.0))
+    settings = {name: arrays.pop(name).item() for name in SETTINGS if name in arrays}
+    scale, offset = float(settings.get("timestep_scale", 1.0)), float(settings.get("timestep_offset", 0.0))
     given = _nested(arrays)
     known = inspect.signature(made.forward).parameters
     names = {name: parameter for name, parameter in known.items() if name != "self"}
@@ -143,13 +143,21 @@ def family_of_inputs(class_name: str, path: FilePath) -> Family:
     for each in sets:
         fed = dict(_feeds(leaves, each))
         rows = len(fed[SAMPLE])
-        times = np.broadcast_to(np.asarray(fed.get(TIMESTEP, 1.0), np.float32) / scale, (rows,))
+        times = np.broadcast_to((np.asarray(fed.get(TIMESTEP, 1.0), np.float32) - offset) / scale, (rows,))
         feeds.append({**fed, TIMESTEP: np.array(times, np.float32)})
 
     def arguments(feeds: Feeds) -> Mapping[str, Any]:
-        return inner({**feeds, TIMESTEP: feeds[TIMESTEP] * scale} if scale != 1.0 else feeds)
+        time = feeds[TIMESTEP] if scale == 1.0 else feeds[TIMESTEP] * scale
+        return inner({**feeds, TIMESTEP: time if offset == 0.0 else time + offset})
 
-    return Family(class_name, shape, arguments, arrays=extra, sets=tuple(feeds))
+    prediction = _scaled(_selected(settings.get("output_select", 0)), float(settings.get("prediction_scale", 1.0)))
+    return Family(class_name, shape, arguments, arrays=extra, sets=tuple(feeds), prediction=prediction)
+
+
+def _scaled(
+    prediction: Callable[[Any, Feeds], torch.Tensor], scale: float
+) -> Callable[[Any, Feeds], torch.Tensor]:
+    return prediction if scale == 1.0 else lambda returned, feeds: prediction(returned, feeds) * scale
 
 
 def _nested(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

@@ -44,8 +44,9 @@ Tokens = Annotated[int | None, typer.Option(help="Prompt length; 0 for the model
 ControlNets = Annotated[list[Path] | None, typer.Option("--controlnet", help="ControlNet directory; repeatable.")]
 Adapters = Annotated[list[Path] | None, typer.Option("--ip-adapter", help="IP-Adapter safetensors file; repeatable.")]
 Inputs = Annotated[
-    Path | None, typer.Option(help="Example call (.npz), for a denoiser class that quantempo does not know.")
+    Path | None, typer.Option(help="Example call (.npz), where a denoiser's inputs do not follow from its signature.")
 ]
+Code = Annotated[Path | None, typer.Option(help="Python file with the denoiser's class, where it is not diffusers'.")]
 CalibrationFile = Annotated[
     Path | None, typer.Option("--calib-set", help="Conditioning arrays (.npz), or labels (.txt, .json).")
 ]
@@ -114,6 +115,7 @@ def compile_command(
     controlnet: ControlNets = None,
     ip_adapter: Adapters = None,
     inputs: Inputs = None,
+    code: Code = None,
     calib_set: CalibrationFile = None,
     calib_scheduler: CalibrationScheduler = None,
     class_: Classes = None,
@@ -153,7 +155,7 @@ def compile_command(
         selection=selection, hard_cases=hard_cases, keep=keep, exclude=exclude, activation_bits=activation_bits,
         weight_method=weight_method, cache=cache, cache_cut=cache_cut, cache_steps=_steps(cache_steps, "--cache-steps"),
         cache_min_psnr=cache_min_psnr, cache_max_ms=max_time, max_steps=max_steps, reference=reference,
-        seed=seed, threads=threads, size=size, tokens=tokens, rules=rule, classes=class_, centre=centre,
+        seed=seed, threads=threads, size=size, tokens=tokens, rules=rule, classes=class_, centre=centre, code=code,
         default_guidance=default_guidance, controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs)  # fmt: skip
     try:
         summary = compile_model(
@@ -175,6 +177,12 @@ def plan_command(
     steps: Steps = None,
     samples: Samples = None,
     batch: Batch = None,
+    size: Size = None,
+    tokens: Tokens = None,
+    controlnet: ControlNets = None,
+    ip_adapter: Adapters = None,
+    inputs: Inputs = None,
+    code: Code = None,
     calib_set: CalibrationFile = None,
     rule: Rules = None,
     keep: Keep = None,
@@ -195,7 +203,8 @@ def plan_command(
     chosen = _recipe(
         recipe, guidance=_guidance(guidance), steps=_steps(steps), samples=samples, batch=batch,
         calibration=calib_set, rules=rule, keep=keep, exclude=exclude, centre=centre, activation_bits=activation_bits,
-        weight_method=weight_method, max_steps=max_steps, threads=threads,
+        weight_method=weight_method, max_steps=max_steps, threads=threads, size=size, tokens=tokens,
+        controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs, code=code,
     )
     made = write_plan(
         model, out, chosen, scheduler=scheduler, work=work, overwrite=overwrite, progress=_progress(quiet, log)

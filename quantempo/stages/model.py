@@ -139,12 +139,13 @@ def open_model(model: Path, scheduler: Path | None, recipe: Recipe, arrays: Mapp
 
     parts = ModelParts(
         recipe.size, recipe.tokens, tuple(map(Path, recipe.controlnets)), tuple(map(Path, recipe.ip_adapters)),
-        Path(recipe.inputs) if recipe.inputs else None,
+        Path(recipe.inputs) if recipe.inputs else None, Path(recipe.code) if recipe.code else None,
     )
     source = open_source(model, scheduler, parts)
     family = family_of(source)
     # A bundle's recipe names no path of this machine; what the files hold is in the model's digest.
-    recipe = _unguided(dataclasses.replace(recipe, controlnets=(), ip_adapters=(), inputs=""), family.denoiser())
+    recipe = dataclasses.replace(recipe, controlnets=(), ip_adapters=(), inputs="", code="")
+    recipe = _unguided(recipe, family.denoiser())
     stock = load_scheduler(source.scheduler)
     if recipe.precision != "float32":
         # Refused here rather than after minutes of tracing.

@@ -221,5 +221,5 @@ def test_inputs_file_describes_a_diffusers_class(tmp_path):
 
 def test_class_of_your_own_is_told_what_to_do(tmp_path):
     np.savez(tmp_path / "call.npz", sample=np.zeros((2, 4), np.float32))
-    with pytest.raises(UnsupportedModel, match=r"installed diffusers does not have(?s:.*)family_of_example and trace"):
+    with pytest.raises(UnsupportedModel, match=r"installed diffusers does not have(?s:.*)--code FILE.py"):
         family_of_inputs("MyTransformer2DModel", tmp_path / "call.npz")
