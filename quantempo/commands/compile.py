@@ -147,16 +147,15 @@ def compile_command(
 ) -> None:
     """Compile MODEL to a quantized bundle."""
     from quantempo.pipeline import compile_model
-
     chosen = _recipe(
-        recipe, precision=dtype, targets=target, graphs=graph, attention=attention, groups=groups,
-        range_method=range_method, guidance=_guidance(guidance),
-        steps=_steps(steps), samples=samples, batch=batch, calibration=calib_set, schedulers=calib_scheduler,
-        selection=selection, hard_cases=hard_cases, keep=keep, exclude=exclude, activation_bits=activation_bits,
-        weight_method=weight_method, cache=cache, cache_cut=cache_cut, cache_steps=_steps(cache_steps, "--cache-steps"),
-        cache_min_psnr=cache_min_psnr, cache_max_ms=max_time, max_steps=max_steps, reference=reference,
-        seed=seed, threads=threads, size=size, tokens=tokens, rules=rule, classes=class_, centre=centre, code=code,
-        default_guidance=default_guidance, controlnets=controlnet, ip_adapters=ip_adapter, inputs=inputs)  # fmt: skip
+        recipe, precision=dtype, targets=target, graphs=graph, attention=attention, groups=groups, code=code,
+        range_method=range_method, guidance=_guidance(guidance), steps=_steps(steps), samples=samples, batch=batch,
+        calibration=calib_set, schedulers=calib_scheduler, selection=selection, hard_cases=hard_cases, keep=keep,
+        exclude=exclude, activation_bits=activation_bits, weight_method=weight_method, cache=cache, cache_cut=cache_cut,
+        cache_steps=_steps(cache_steps, "--cache-steps"), cache_min_psnr=cache_min_psnr, cache_max_ms=max_time,
+        max_steps=max_steps, reference=reference, seed=seed, threads=threads, size=size, tokens=tokens, rules=rule,
+        classes=class_, centre=centre, default_guidance=default_guidance, controlnets=controlnet,
+        ip_adapters=ip_adapter, inputs=inputs)  # fmt: skip
     try:
         summary = compile_model(
             model, out, chosen, scheduler=scheduler, plan_file=plan, work=work, guard=guard, min_psnr=min_psnr,

@@ -104,7 +104,7 @@ def test_a_denoiser_directory_without_a_scheduler(place: Path) -> None:
 def test_an_architecture_that_nobody_described(place: Path, tmp_path: Path) -> None:
     model = tiny_models.edited(tiny_models.unet(), tmp_path / "model", _class_name="UNet3DModel")
     work = compile_to(place, model, model / "scheduler")
-    refused(UnsupportedModel, "class 'UNet3DModel'", "wanted one of", work=work)
+    refused(UnsupportedModel, "class 'UNet3DModel'", "wanted a denoiser of diffusers", "--code FILE.py", work=work)
 
 
 def test_a_checkpoint_that_is_only_there_as_a_pickle(place: Path, tmp_path: Path) -> None:
