@@ -466,6 +466,7 @@ def main() -> None:
         ("peers.json", beside_peers),
         ("tensorrt.json", engines), ("cpp_runtime.json", CPP["runtime"]),
         ("cpp_fuzz.json", CPP["fuzzing"]), ("cpp_sanitizers.json", CPP["sanitizers"]), ("cpp_clean.json", CPP["clean"]),
+        ("cpp_headers.json", CPP["headers"]),
         ("selection.json", selection),
         ("compile_cost.json", compile_cost), ("kill_resume.json", resume),
     ):

@@ -89,6 +89,23 @@ def sanitizers(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def headers(results: dict[str, Any]) -> str:
+    """What was compiled against the engine libraries' own headers."""
+    lines = [
+        "### Against the headers of engine libraries", "", "```bash",
+        "python tools/cpp_headers.py --onnxruntime FOLDER --tensorrt FOLDER... --cuda FOLDER... "
+        "--json docs/cpp_headers.json", "```", "", "| headers | what is compiled | compiler's words |",
+        "| --- | --- | --- |",
+    ]
+    for found in results.get("onnxruntime", []):
+        what = f"position and signature of the {found['functions']} functions that the backend calls"
+        lines.append(f"| ONNX Runtime {found['version']} | {what} | {found['said'] or 'none'} |")
+    for found in results.get("tensorrt", []):
+        libraries = f"TensorRT {found['version']}, CUDA {found['cuda']}"
+        lines.append(f"| {libraries} | the TensorRT backend | {found['said'] or 'none'} |")
+    return "\n".join([*lines, ""])
+
+
 def clean(results: dict[str, Any]) -> str:
     """A clean clone in an empty folder."""
     names = ("environment", "configure", "build", "test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -72,9 +73,28 @@ def test_the_commands_for_aarch64_work(tmp_path: Path) -> None:
     assert "aarch64" in call("readelf", "-h", tmp_path / "arm64" / "libquantempo.so").lower()
 
 
+def test_the_versions_that_the_page_names_are_those_that_were_compiled_against() -> None:
+    """docs/cpp_headers.json is what tools/cpp_headers.py wrote."""
+    results = json.loads((ROOT / "docs" / "cpp_headers.json").read_text())
+    assert all(each["said"] == "" for library in results.values() for each in library)
+    versions = [each["version"].rpartition(".")[0] for each in results["tensorrt"]]
+    (toolkit,) = {each["cuda"] for each in results["tensorrt"]}
+    named = f"headers of TensorRT {', '.join(versions[:-1])} and {versions[-1]} with those of CUDA {toolkit}"
+    assert named in " ".join(PAGE.split())
+
+
+def test_every_function_of_onnx_runtime_that_is_called_is_proven() -> None:
+    """A position that `ort_slots.cpp` leaves out would be taken on trust."""
+    called = re.findall(r"^using (\w+) =\s*Slot<", (ROOT / "runtime/cpp/src/backends/ort_api.hpp").read_text(), re.M)
+    proven = re.findall(r"^SAME\((\w+)\);", (ROOT / "runtime/cpp/tests/ort_slots.cpp").read_text(), re.M)
+    assert sorted(called) == sorted(proven)
+    (recorded,) = json.loads((ROOT / "docs" / "cpp_headers.json").read_text())["onnxruntime"]
+    assert recorded["functions"] == len(called)
+
+
 def test_every_setting_and_option_of_the_page_exists() -> None:
     source = (ROOT / "runtime/cpp/CMakeLists.txt").read_text()
-    for name in re.findall(r"`(QUANTEMPO_[A-Z]+)`", PAGE.partition("## Use")[0]):
+    for name in re.findall(r"`((?:QUANTEMPO|ONNXRUNTIME)_[A-Z]+)`", PAGE.partition("## Use")[0]):
         assert re.search(rf"(option|set)\({name}\b", source), name
     backends = "".join(path.read_text() for path in (ROOT / "runtime/cpp/src/backends").glob("*.cpp"))
     settings = PAGE.partition("Settings (`key=value`)")[2].partition("They mean")[0]
