@@ -17,19 +17,30 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) tools/check_types.py
 
-# A process per core, each with one thread: spinning thread pools side by side are slower than none.
+# A process per core, each with one thread: spinning thread pools side by side are slower than none.  Skipped tests are
+# listed with their reasons at the end (-rs): a green run without Chromium or Python 3.10 has not tested those.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not full" -n auto --maxprocesses=4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not full" -n auto --maxprocesses=4 --dist loadfile -rs
 
-# Long sweeps: write their results as JSON under docs/, then the pages that are made from them.
+# Long sweeps, many hours: write their results as JSON under docs/, then the pages that are made from them.  What is not
+# here needs more than this environment; docs/benchmarks.md says what.
 test-full: lint
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -rs
 	$(PY) tools/cpp_sanitizers.py --json docs/cpp_sanitizers.json
 	$(PY) tools/scheduler_sweep.py
 	$(PY) tools/model_sweep.py
 	$(PY) benchmarks/quality.py --json docs/quality.json
 	$(PY) benchmarks/int8_speed.py --json docs/speed.json
 	$(PY) benchmarks/loop_overhead.py --json docs/loop_overhead.json
+	$(PY) benchmarks/fp8_quality.py --json docs/fp8.json
+	$(PY) benchmarks/caching.py --model dit --json docs/caching.json
+	$(PY) benchmarks/caching.py --model unet --json docs/caching.json
+	$(PY) benchmarks/caching_speed.py --model dit-s2 --keep build/speed-graphs --json docs/caching_speed.json
+	$(PY) benchmarks/openvino_speed.py --json docs/openvino_speed.json
+	$(PY) benchmarks/selection.py --json docs/selection.json
+	$(PY) benchmarks/compile_cost.py --guard record --json docs/compile_cost.json
+	$(PY) tools/kill_resume.py --json docs/kill_resume.json
+	$(PY) tools/cpp_fuzz.py --minutes 4 --json docs/cpp_fuzz.json
 	$(PY) benchmarks/rtx_builds.py --json docs/tensorrt.json --check
 	$(PY) tools/benchmark_page.py
 

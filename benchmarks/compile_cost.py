@@ -7,11 +7,11 @@ Compiles a DiT with random weights on 2 samples of 4 steps in processes of their
 anonymous resident memory (RssAnon of /proc) twenty times a second; weights that are mapped from files do not count.
 The float model samples the same trajectories on the same engine, and the two times are compared, the opening of the
 engine included in both: in CPU seconds of one thread, which other work on the machine hardly changes, and in seconds by
-the clock.  The scan that finds the scales of attention runs as many trajectories again; it is compared in CPU seconds.
+the clock.  A scan of ranges, where a compile needs one (`ranges`), counts as calibration.
 
 With `--place` everything stays in a folder, and the work can be done in parts: `prepare` makes and traces the model,
-`time` calibrates and samples, and wants the machine for itself, `rest` goes on to the end.  What a stage cost is kept
-there as soon as it has run.
+`predict` asks `quantempo plan` what it expects, `time` calibrates and samples, and wants the machine for itself, `rest`
+goes on to the end.  What a stage cost is kept there as soon as it has run.
 """
 
 from __future__ import annotations
@@ -151,21 +151,35 @@ def measure(args: argparse.Namespace, place: Path, costs: Costs) -> None:
 def rest(args: argparse.Namespace, place: Path, costs: Costs) -> None:
     """The compile from there to its end."""
     compiled(compile_words(args, place, "bundle"), costs)
+    size = sum(p.stat().st_size for p in (place / "bundle").rglob("*") if p.is_file())
+    costs.put("found", "bundle_bytes", size)
 
 
-PARTS = {"prepare": prepare, "time": measure, "rest": rest}
+def predict(args: argparse.Namespace, place: Path, costs: Costs) -> None:
+    """What `quantempo plan` says before anything is calibrated."""
+    words = compile_words(args, place, "plan.json", command="plan")
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = json.loads((place / "plan.json").read_text())["predictions"]
+    for name in ("memory_bytes", "calibration_seconds", "bundle_bytes"):
+        costs.put("predicted", name, found[name])
 
 
-def compile_words(args: argparse.Namespace, place: Path, out: str, *more: str) -> list[str]:
-    """The command line of a compile."""
+PARTS = {"prepare": prepare, "predict": predict, "time": measure, "rest": rest}
+
+
+def compile_words(
+    args: argparse.Namespace, place: Path, out: str, *more: str, command: str = "compile"
+) -> list[str]:
+    """The command line of a compile, or of another command that takes its words."""
+    guard = ["--guard", args.guard] if command == "compile" else []
     recipe = {
         "samples": SAMPLES, "batch": SAMPLES, "steps": [STEPS], "guidance": [GUIDANCE], "threads": args.threads,
         "max_steps": STEPS, "classes": [1, 2],
     }
     (place / "recipe.json").write_text(json.dumps(recipe))
-    return [sys.executable, "-m", "quantempo.cli", "compile", str(place / "model"), "-o", str(place / out),
+    return [sys.executable, "-m", "quantempo.cli", command, str(place / "model"), "-o", str(place / out),
             "--scheduler", str(place / "model" / "scheduler"), "--recipe", str(place / "recipe.json"),
-            "--work", str(place / "work"), "--guard", args.guard, "--log", "json", "--overwrite", *more]  # fmt: skip
+            "--work", str(place / "work"), *guard, "--log", "json", "--overwrite", *more]  # fmt: skip
 
 
 def facts(args: argparse.Namespace, place: Path, costs: Costs) -> dict[str, Any]:

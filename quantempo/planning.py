@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.calib.gram import MAX_CHANNELS
+from quantempo.calib.gram import MAX_CHANNELS, panels_of
 from quantempo.contracts.codec import canonical_json, to_data
 from quantempo.contracts.engine import EngineOptions, dtype_of
 from quantempo.contracts.plan import Keep, QuantPlan
@@ -22,7 +22,7 @@ from quantempo.engines.registry import open_engine
 from quantempo.errors import OutputExists
 from quantempo.progress import Progress, SilentProgress
 from quantempo.recipe import Recipe
-from quantempo.stages.calibration import ENGINE, Taps, trajectory_batches
+from quantempo.stages.calibration import ENGINE, LARGE_BYTES, Taps, trajectory_batches
 from quantempo.stages.model import Exported, export_model, open_model, plan_stage
 from quantempo.stages.programs import calibration_programs
 from quantempo.stages.store import StageRun, open_store
@@ -34,18 +34,21 @@ BASE_BYTES = 450_000_000
 """Anonymous memory of a process that has imported torch, diffusers and the engine."""
 CELL_BYTES = 2600
 """A cell of the statistics: a histogram of up to 512 counts in memory, and its sums."""
+WORKING_SHARE = 1.5
+"""Memory of a call with taps, over the tapped tensors: they are held while other values come and go, and copied."""
 PROBE_ROWS = 2
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the compile will take; `found` in a log of the compile will differ.
+    """What the compile will take; what it then takes will differ.
 
     Args:
         calls: denoiser calls of calibration.
         rows: rows of all of them together; guidance above 1 doubles a call's rows.
-        calibration_seconds: from a timed call of two rows on this machine.
-        memory_bytes: peak anonymous memory.
+        calibration_seconds: of calibration alone, from a timed call of two rows on this machine.  Tracing (which a plan
+            has done already), the rounding of weights, writing and the latency guard come on top.
+        memory_bytes: peak anonymous memory up to the writing; pages of weight files that are mapped do not count.
         bundle_bytes: the bundle with its reference, where the recipe asks for one.
         work_bytes: results of stages.
     """
@@ -75,7 +78,8 @@ class PlanSummary:
             f"{len(self.plan.quantized())} of {len(self.plan.sites)} sites will be quantized",
             *(f"  kept: {count:3}  {reason}" for reason, count in sorted(reasons.items())),
             *(f"  kept in graphs {dialect}-*: {len(kept)}" for dialect, kept in sorted(self.plan.dialects.items())),
-            f"calibration: {p.calls} calls, {p.rows} rows, about {_minutes(p.calibration_seconds)}",
+            f"calibration: {p.calls} calls, {p.rows} rows, about {_minutes(p.calibration_seconds)}; not counted: the "
+            "rounding of weights, writing, the latency guard",
             f"memory: about {p.memory_bytes / 1e9:.1f} GB; disk: bundle {p.bundle_bytes / 1e6:.0f} MB, "
             f"results of stages {p.work_bytes / 1e6:.0f} MB",
             f"wrote {self.path}; edit it, then: quantempo compile MODEL --plan {self.path} -o OUT",
@@ -133,11 +137,11 @@ def predict(
         calls += len(program.calls)
         rows += len(program.calls) * len(batch.seeds) * (2 if batch.guidance > 1 else 1)
     weights, decoder = graph_bytes(exported.graph), 0
+    experts = 1 if exported.second is None else 2
     if exported.decoder_graph is not None:
         decoder = graph_bytes(exported.decoder_graph)
-    products = {site.tensor: site.k for site in plan.sites if site.tensor in taps.products}
-    grams = sum(8 * k * k for k in products.values() if k <= MAX_CHANNELS) if recipe.weight_method == "gptq" else 0
-    statistics = CELL_BYTES * len(keys) * len(taps.tensors)
+    grams = gram_bytes(plan, taps) if recipe.weight_method == "gptq" else 0
+    statistics = CELL_BYTES * len(keys) * len(taps.observed)
     quantized = {site.weight: site.n * site.k for site in plan.quantized()}
     integers, scales = sum(quantized.values()), 4 * sum(s.n for s in plan.quantized())
     programs_bytes = sum(path.stat().st_size for path in exported.programs.values())
@@ -145,11 +149,20 @@ def predict(
     if recipe.reference:
         bundle += weights + decoder + programs_bytes + statistics
     most = max(len(b.seeds) * (2 if b.guidance > 1 else 1) for b in batches)
-    memory = BASE_BYTES + weights + grams + statistics + 2 * most * _tapped_bytes_per_row(exported.graph, taps)
+    # Large weights are read where they lie in their file; of small ones the engine has a packed copy.
+    packed = 0 if experts * weights > LARGE_BYTES else experts * weights
+    tapped = round(WORKING_SHARE * most * _tapped_bytes_per_row(exported.graph, taps))
+    memory = BASE_BYTES + packed + grams + statistics + tapped
     return Predictions(
         calls, rows, round(rows * _seconds_per_row(exported, recipe), 3), memory,
         bundle, weights + decoder + programs_bytes + grams + statistics + integers + scales,
     )
+
+
+def gram_bytes(plan: QuantPlan, taps: Taps) -> int:
+    """Bytes of the second moments of calibration: the upper triangles of their matrices, as panels."""
+    products = {site.tensor: site.k for site in plan.sites if site.tensor in taps.products}
+    return sum(8 * panels_of(k)[-1][1].stop for k in products.values() if k <= MAX_CHANNELS)
 
 
 def graph_bytes(graph: Graph) -> int:
@@ -158,8 +171,8 @@ def graph_bytes(graph: Graph) -> int:
 
 
 def _tapped_bytes_per_row(graph: Graph, taps: Taps) -> int:
-    """Bytes of the tapped tensors for one row; calibration holds each of them twice while it learns their shapes."""
-    total, wanted = 0, set(taps.tensors)
+    """Bytes of the tapped tensors for one row."""
+    total, wanted = 0, set(taps.observed)
     for node in graph.graph:
         for value in node.outputs:
             if value.name in wanted and value.shape is not None:

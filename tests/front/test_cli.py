@@ -297,6 +297,29 @@ def test_demo_hands_its_options_on(cli: Any, monkeypatch: pytest.MonkeyPatch, tm
     assert (seen["out"], seen["overwrite"], seen["threads"]) == (tmp_path / "d", True, 1)
 
 
+def test_the_demo_runs_with_fewer_samples(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the command on the trained model, with a 32nd of the calibration and a small report."""
+    from quantempo import report
+
+    write, fewer = report.write_report, {"samples": 8, "population": 24, "worst": 1, "worst_samples": 2}
+    monkeypatch.setattr(report, "write_report", lambda bundle, options, **more: write(
+        bundle, dataclasses.replace(options, **fewer), **more
+    ))
+    small = dataclasses.replace(demo_module.DEMO_RECIPE, samples=16, batch=4, steps=(8,), guidance=(1.5, 4.0))
+    monkeypatch.setattr(demo_module, "DEMO_RECIPE", small)
+    code, text, err = cli("demo", "-o", tmp_path / "demo", "--threads", 1)
+    assert code == 0, err
+    facts = json.loads((tmp_path / "demo" / "report" / "report.json").read_text())
+    assert f"{facts['quality']['psnr_db']:.2f} dB" in text
+    # 51 dB when this was written; the best single scale of a full calibration had 49.
+    assert facts["quality"]["psnr_db"] > 45
+    assert facts["quality"]["accuracy"] >= 0.9
+    for name in ("samples.png", "sheet.png", "index.html"):
+        assert (tmp_path / "demo" / "report" / name).is_file()
+    with Image.open(tmp_path / "demo" / "report" / "samples.png") as picture:
+        assert np.asarray(picture).std() > 20, "digits, not an empty sheet"
+
+
 @pytest.mark.full
 def test_the_demo_makes_bundle_pictures_and_report(cli: Any, tmp_path: Path) -> None:
     code, text, _ = cli("demo", "-o", tmp_path / "demo")

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 
 import quantempo
 from quantempo.calib import ranges
 from quantempo.contracts.stats import TensorStats
-from quantempo.runtime.bundle import OpenBundle
+from quantempo.runtime.bundle import OpenBundle, read_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -38,7 +39,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dit_bundle: OpenBundl
     return tmp_path
 
 
-def test_plain_onnxruntime_gives_the_latents_of_our_loop(place: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_plain_onnxruntime_gives_the_latents_of_our_loop(place: Path, compile_tiny: Any, scheduler: str) -> None:
+    if scheduler:
+        getattr(diffusers, scheduler)().save_pretrained("scheduler")
+        compile_tiny(Path("bundle"), scheduler=Path("scheduler"), overwrite=True)
+        assert read_bundle(Path("bundle")).manifest.programs.scheduler == scheduler
     found = run("docs/plain-engines.md")
     with quantempo.load("bundle", threads=1) as session:
         ours = session(

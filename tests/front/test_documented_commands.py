@@ -6,6 +6,7 @@ further flags (fewer samples and steps), which come last and so win.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -36,20 +37,21 @@ BUILDS = {"rtx": "tensorrt_rtx", "": "tensorrt"}
 SWEEP = "takes minutes to hours; tests/repo/test_benchmarks.py runs its --help, tests/repo/test_readme.py checks flags"
 ELSEWHERE = {
     "make test": "what .ci/run starts",
-    "make demo": "tests/front/test_cli.py::test_the_demo_makes_bundle_pictures_and_report runs its command, make test "
-    "sets up the same .venv, tests/repo/test_readme.py reads what make would run",
+    "make demo": "tests/front/test_cli.py::test_the_demo_runs_with_fewer_samples runs its command, make test sets up "
+    "the same .venv, tests/repo/test_readme.py reads what make would run",
     "pip install *quantempo*": "needs an index that has quantempo; tests/repo/test_wheel.py::"
     "test_it_is_small_and_runs_anywhere and test_metadata_names_the_extras_and_the_command look at the wheel, "
     "tests/repo/test_python310.py::test_the_command_line_samples_and_inspects_there installs it",
     "python benchmarks/*.py *": SWEEP,
     "python tools/*.py *": "sweeps and fuzzing, minutes to hours; tests/repo/test_readme.py checks their flags, "
     "tests/front/test_resume.py kills and resumes smaller compiles, tests/cpp/test_cpp_interface.py::"
-    "test_a_short_fuzz_of_everything_that_reads_bytes_finds_nothing fuzzes for seconds",
+    "test_a_short_fuzz_of_everything_that_reads_bytes_finds_nothing (in make test-full) fuzzes for seconds",
     "apt install *": "needs root and the network", "dpkg --add-architecture *": "needs root and the network",
     "cmake -S runtime/cpp -B build/cpp *": "tests/cpp/test_cpp_interface.py::"
     "test_an_installed_tree_serves_a_project_of_its_own builds the same folder",
     "cmake --install build/cpp *": "tests/cpp/test_cpp_interface.py::"
     "test_an_installed_tree_serves_a_project_of_its_own installs it",
+    "export QUANTEMPO_ORT_LIBRARY=*": "a variable; tests/cpp/test_cpp_interface.py opens pip's library by path",
     "build/cpp/quantempo-sample *": "tests/cpp/test_cpp_runtime.py",
     "cmake *build/arm64*": "needs a cross compiler and arm64 libraries; tests/repo/test_readme.py finds its files",
 }
@@ -82,15 +84,21 @@ def test_every_command_is_run_here_or_elsewhere() -> None:
     assert used == set(ELSEWHERE), "no page shows these any more"
 
 
-NAMED = {words for text in ELSEWHERE.values() for words in re.findall(r"[\w./]+\.py\S*", text)}
+IN_FULL = " (in make test-full)"
+NAMED = {
+    words for text in ELSEWHERE.values() for words in re.findall(rf"[\w./]+\.py\S*(?:{re.escape(IN_FULL)})?", text)
+}
 
 
 @pytest.mark.parametrize("words", sorted(NAMED))
 def test_what_is_said_to_run_a_command_is_there(words: str) -> None:
-    file, _, name = words.rstrip(",;").partition("::")
+    file, _, name = words.removesuffix(IN_FULL).rstrip(",;").partition("::")
     assert (ROOT / file).is_file()
     if name:
-        assert f"def {name}(" in (ROOT / file).read_text()
+        tree = ast.parse((ROOT / file).read_text())
+        (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+        marks = {ast.unparse(mark) for mark in found.decorator_list}
+        assert ("pytest.mark.full" in marks) == words.endswith(IN_FULL), "make test leaves such tests out"
 
 
 @pytest.fixture

@@ -75,9 +75,8 @@ def test_values_are_sane(facts: dict[str, Any], dit_bundle: OpenBundle) -> None:
     assert facts["sites"]["total"] == facts["sites"]["quantized"] + facts["sites"]["kept"]
     assert facts["scales"]["groups"] == 4
     assert facts["bundle"] == dit_bundle.digest
-    assert 0 < speed["loop_overhead_ms_per_call"] < 50
-    assert 0 < speed["int8_ms_per_call"] < 1000
-    assert 0 < speed["float_ms_per_call"] < 1000
+    # How fast is for benchmarks/ to say (loop_overhead.py has the bar): here other work shares the machine.
+    assert min(speed[name] for name in ("loop_overhead_ms_per_call", "int8_ms_per_call", "float_ms_per_call")) > 0
 
 
 def test_the_headline_is_the_mean_of_per_image_psnr_on_the_same_seeds(
@@ -164,7 +163,13 @@ def test_the_verdict_is_in_file_page_and_text(made: Any, facts: dict[str, Any], 
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory, small: Any) -> tuple[str, Any]:
+def bar(facts: dict[str, Any]) -> float:
+    """What the sound bundle reaches, but for one dB."""
+    return float(facts["quality"]["psnr_db"]) - 1.0
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory, small: Any, bar: float) -> tuple[str, Any]:
     """A bundle in which one tensor's scales are eight times too small; its first site, and the report."""
     from support import tiny_models
 
@@ -190,16 +195,27 @@ def broken(tmp_path_factory: pytest.TempPathFactory, small: Any) -> tuple[str, A
         compile_model(tiny_models.dit_pipeline(), path, small)
     finally:
         patch.undo()
-    options = dataclasses.replace(OPTIONS, population=0, single_scale=False, worst=3, min_psnr_db=90.0)
+    options = dataclasses.replace(OPTIONS, population=0, single_scale=False, worst=3, min_psnr_db=bar)
     return victim[0], write_report(path, options)
 
 
-def test_a_scale_that_is_eight_times_too_small_is_named_first_and_fails(broken: tuple[str, Any]) -> None:
+def test_a_sound_bundle_passes_the_bar_that_a_broken_one_fails(
+    dit_bundle: OpenBundle, tmp_path: Path, bar: float, broken: tuple[str, Any]
+) -> None:
+    sound = shutil.copytree(dit_bundle.root, tmp_path / "sound")
+    options = dataclasses.replace(OPTIONS, population=0, single_scale=False, worst=0, min_psnr_db=bar)
+    report = write_report(sound, options)
+    report.check()
+    assert report.facts["verdict"] == {"min_psnr_db": bar, "passed": True}
+    assert broken[1].facts["verdict"] == {"min_psnr_db": bar, "passed": False}
+
+
+def test_a_scale_that_is_eight_times_too_small_is_named_first_and_fails(broken: tuple[str, Any], bar: float) -> None:
     site, report = broken
     assert report.facts["analysis"]["tensors"][0]["sites"] == [site]
     assert report.facts["analysis"]["worst"][0]["sites"] == [site]
     assert report.facts["analysis"]["worst"][0]["gain_db"] > 1
-    words = rf"found [\d.]+ dB at guidance 1.5, wanted at least 90.00 dB[\s\S]*{re.escape(site)} loses most"
+    words = rf"found [\d.]+ dB at guidance 1.5, wanted at least {bar:.2f} dB[\s\S]*{re.escape(site)} loses most"
     with pytest.raises(QualityNotReached, match=words):
         report.check()
     assert "✗ failed" in (report.folder / "index.html").read_text()

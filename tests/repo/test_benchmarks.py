@@ -54,6 +54,15 @@ def test_a_page_or_the_script_itself_shows_its_command(script: Path) -> None:
     assert script.stem in helpers or f"python benchmarks/{script.name}" in text
 
 
+def test_the_full_run_renews_every_file_of_results_or_the_page_says_why_not() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = {*re.findall(r"docs/(\w+\.json)", makefile), "schedulers.json", "models.json"}  # sweeps write these two
+    assert {"scheduler_sweep.py", "model_sweep.py"} <= set(re.findall(r"\w+\.py", makefile))
+    excused = set(re.findall(r"`(\w+\.json)` \(", SHOWN.split("\n## ")[0]))
+    assert named | excused == {path.name for path in (ROOT / "docs").glob("*.json")}
+    assert not named & excused
+
+
 def test_every_section_of_the_benchmark_page_shows_its_command() -> None:
     sections = re.split(r"^## ", SHOWN, flags=re.MULTILINE)[1:]
     assert len(sections) > 5
