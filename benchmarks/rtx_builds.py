@@ -25,7 +25,10 @@ from typing import Any
 import int8_speed
 
 from quantempo.building import key_parts
+from quantempo.contracts.partition import Partition
+from quantempo.contracts.table import ScaleTable, TensorScales
 from quantempo.engines import gate, trt_process
+from quantempo.engines.kernels import plan_kernels
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.plan_store import pack, weight_sources
 from quantempo.engines.targets import Target, target
@@ -41,6 +44,8 @@ GRAPHS = ("float-f16", "int8-f16", "int8-one-scale-f16", "fp8-f16")
 """Float twin, INT8 with scale groups, INT8 with one scale per tensor, FP8."""
 UNFOLDED = "-unfolded"
 BATCH = Profile({"batch": Range(1, 2, 8)})
+TAPPED = 100
+"""Tensors whose range is taken in one run."""
 Entry = Mapping[str, Any]
 
 
@@ -93,23 +98,20 @@ def main() -> int:
 
 
 def make_graphs(model: str, folder: Path) -> dict[str, Any]:
-    """The graphs of a model, in float16 where that is safe."""
+    """The graphs of a model as a bundle holds them, in float16 where the range scan says that it is safe."""
     import diffusers
     import onnx_ir as ir
     import torch
 
     from quantempo.export.families import family_of_module
     from quantempo.export.float_types import to_half
+    from quantempo.export.fp8 import fp8_weights
     from quantempo.export.graph_files import write_graphs
-    from quantempo.export.lower_fp8 import lower_fp8
-    from quantempo.export.lower_portable import lower_portable
-    from quantempo.export.lower_variant import variant_table
-    from quantempo.export.lowering import LoweringOptions
-    from quantempo.export.passes.base import run_passes
     from quantempo.export.sites import default_plan
     from quantempo.export.trace import trace_module
-    from quantempo.export.unfold import UnfoldConvolutions, kept_when_unfolded
+    from quantempo.export.unfold import DIALECT, kept_when_unfolded
     from quantempo.export.weights import quantize_weights
+    from quantempo.stages.dialects import GraphChoice, lower_graphs, scanned_tensors
 
     torch.manual_seed(0)
     if model in DEMO:
@@ -119,28 +121,45 @@ def make_graphs(model: str, folder: Path) -> dict[str, Any]:
         kind, config = int8_speed.MODELS[model]
         module = getattr(diffusers, kind)(**config).eval()
     family = family_of_module(module)
+    inputs = [family.example(int8_speed.BATCH, seed) for seed in (0, 1)]
     with tempfile.TemporaryDirectory() as scratch:
         traced = trace_module(module, family, Path(scratch), "traced")
         graph = ir.load(traced.path)
         plan = default_plan(graph, traced.digest, sites=traced.sites)
-        table = int8_speed.min_max_table(graph, plan, [family.example(int8_speed.BATCH, seed) for seed in (0, 1)])
+        plan = replace(plan, dialects={DIALECT: kept_when_unfolded(graph, plan)})
+        table = int8_speed.min_max_table(graph, plan, inputs)
+        scanned = tuple(scanned_tensors(graph, GraphChoice(("fp8-f16", "portable-f16", "unfold-f16"))))
+        ranges: dict[str, float] = {}
+        for start in range(0, len(scanned), TAPPED):
+            ranges |= int8_speed.largest(graph, scanned[start : start + TAPPED], inputs)
+        int8 = GraphChoice(("portable-f16", "unfold-f16"), ranges=ranges)
         weights = quantize_weights(graph, plan, "minmax")
-        one = LoweringOptions(group=int8_speed.GROUPS // 2)
-        graphs = {
-            "float-f16": graph.clone(), "int8-f16": lower_portable(graph, plan, table, weights),
-            "int8-one-scale-f16": lower_portable(graph, plan, table, weights, one),
-            "fp8-f16": lower_fp8(graph, plan, table),
-        }
-        kept = kept_when_unfolded(graph, plan)
-        part = plan.keeping(kept)
-        for name, options in (("int8-f16", None), ("int8-one-scale-f16", one)):
-            unfolded = lower_portable(graph, part, variant_table(table, part), weights, options)
-            run_passes(unfolded, (UnfoldConvolutions(),))
-            graphs[f"{name}{UNFOLDED}"] = unfolded
-        for lowered in graphs.values():
-            to_half(lowered, "float16", {})
+        twin = graph.clone()
+        to_half(twin, "float16", ranges)
+        graphs = {"float-f16": twin}
+        for name, scales in (("int8", table), ("int8-one-scale", one_group(table))):
+            lowered = lower_graphs(graph, plan, scales, weights, int8)
+            graphs[f"{name}-f16"] = lowered["full.portable-f16"]
+            graphs[f"{name}-f16{UNFOLDED}"] = lowered["full.unfold-f16"]
+        fp8 = GraphChoice(("fp8-f16",), ranges=ranges)
+        graphs["fp8-f16"] = lower_graphs(graph, plan, table, fp8_weights(graph, plan), fp8)["full.fp8-f16"]
         write_graphs(folder, graphs)
-    return {"sites": len(plan.sites), "quantized": len(plan.quantized()), "unfolded": len(part.quantized())}
+    return {
+        "sites": len(plan.sites), "quantized": len(plan.quantized()),
+        "unfolded": len(plan.for_graph(DIALECT).quantized()),
+    }
+
+
+def one_group(table: ScaleTable) -> ScaleTable:
+    """One scale per tensor for all timesteps: a group in the middle."""
+    chosen = slice(int8_speed.GROUPS // 2, int8_speed.GROUPS // 2 + 1)
+    partition = Partition.single(table.partition.low, table.partition.high)
+    tensors = {
+        name: TensorScales(t.scale[chosen], t.zero_point[chosen], t.symmetric_scale[chosen],
+                           None if t.centre is None else t.centre[chosen])
+        for name, t in table.tensors.items()
+    }  # fmt: skip
+    return ScaleTable(partition, tensors)
 
 
 def build(choice: Choice, graph: Path, before: Entry | None) -> Entry:
@@ -177,6 +196,11 @@ def kernels(plan: bytes, graph: Path, profile: Target) -> dict[str, Any]:
     report = gate.check_rtx(plan, structure, profile)
     facts: dict[str, Any] = {"kernels": report.kernels, "products": report.products, "sites": report.sites}
     facts["formats"] = dict(report.formats)
+    listed = plan_kernels(plan)
+    facts["attention"] = {
+        "float": sum(kernel.attention and not kernel.inputs[0].narrow for kernel in listed),
+        "quantized": sum(kernel.attention and kernel.inputs[0].narrow for kernel in listed),
+    }
     facts["gate"] = "passed"
     if report.breaches:
         first = report.breaches[0]

@@ -154,7 +154,7 @@ def integer_layers(
         EngineError: as `open_engine`.
     """
     layers = _layers(graph, options or EngineOptions(), sizes)
-    return frozenset(name for layer in layers if layer.multiplies_integers for name in layer.originals)
+    return frozenset(name for layer in layers if layer.multiplies_integers for name in (*layer.originals, layer.weight))
 
 
 def sites_in_float(
@@ -192,6 +192,8 @@ class _Layer:
             # The runtime precision also says `i8` where only the weights are stored so; the activation decides.
             self.precision = _input_type(operation, 0)
         self.originals = tuple(word("originalLayersNames").split(",")) or (str(operation.get_friendly_name()),)
+        # With one scale for all groups a product forgets its own name; its weight goes on as `NODE/transpose_b`.
+        self.weight = _input_name(operation, 1) if self.kind == "FullyConnected" else ""
         both = operation.get_input_size() > 1 and {_input_type(operation, 0), _input_type(operation, 1)} <= {*INTEGERS}
         multiplies = self.kind in _PRODUCTS or (self.kind == _FUSED and both)
         self.multiplies_integers = multiplies and self.precision in INTEGERS
@@ -199,6 +201,12 @@ class _Layer:
 
 def _input_type(operation: Any, index: int) -> str:
     return str(operation.get_input_element_type(index).get_type_name())
+
+
+def _input_name(operation: Any, index: int) -> str:
+    if operation.get_input_size() <= index:
+        return ""
+    return str(operation.input(index).get_source_output().get_node().get_friendly_name())
 
 
 def _layers(graph: Path, options: EngineOptions, sizes: Mapping[str, int] | None) -> list[_Layer]:

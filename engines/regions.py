@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from quantempo.contracts.engine import Engine
 from quantempo.engines.guard import Timing, Variant, Verdict, compare
 from quantempo.errors import PlanError
 
@@ -81,9 +83,9 @@ def revert_losing(
         EngineError: a variant does not run.
     """
     every = _all_sites(regions)
-    search = _Search(make, timing or Timing(), every)
-    for region in regions:
-        search.judge(region)
+    with _Search(make, timing or Timing(), every) as search:
+        for region in regions:
+            search.judge(region)
     left = search.quantized
     if left:
         verdict = compare(twin, make(left), search.timing)
@@ -101,9 +103,9 @@ def time_regions(regions: Sequence[Region], make: Make, timing: Timing | None = 
     Raises:
         PlanError, EngineError: as `revert_losing`.
     """
-    search = _Search(make, timing or Timing(), _all_sites(regions))
-    for region in regions:
-        search.measure(region)
+    with _Search(make, timing or Timing(), _all_sites(regions)) as search:
+        for region in regions:
+            search.measure(region)
     return tuple(search.verdicts)
 
 
@@ -118,12 +120,51 @@ def _all_sites(regions: Sequence[Region]) -> frozenset[str]:
     return frozenset(every)
 
 
+class _Lent:
+    """An engine that stays open when a comparison closes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        """Nothing: the search closes it."""
+
+
 class _Search:
     """The sites that are still quantized, and what was found so far."""
 
     def __init__(self, make: Make, timing: Timing, quantized: frozenset[str]) -> None:
         self.make, self.timing, self.quantized = make, timing, quantized
         self.verdicts: list[RegionVerdict] = []
+        self._engine: Engine | None = None
+        self._variant: Variant | None = None
+
+    def __enter__(self) -> _Search:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._variant = None
+
+    def _whole(self) -> Variant:
+        """What all regions are compared with, made and opened once."""
+        if self._variant is None:
+            self._variant = self.make(self.quantized)
+        variant = self._variant
+
+        def lend() -> Any:
+            if self._engine is None:
+                self._engine = variant.open()
+            return _Lent(self._engine)
+
+        return replace(variant, open=lend)
 
     def judge(self, region: Region) -> None:
         """Revert what loses of a region."""
@@ -131,6 +172,7 @@ class _Search:
             return
         for part in self._guilty(region):
             self.quantized -= set(part.sites)
+        self._close()
 
     def _guilty(self, region: Region) -> list[Region]:
         """The parts of a losing region that lose by themselves; the region itself where no half does."""
@@ -147,7 +189,7 @@ class _Search:
     def measure(self, region: Region) -> RegionVerdict:
         """Time the model without a region against the model with it."""
         without = self.make(self.quantized - set(region.sites))
-        verdict = compare(without, self.make(self.quantized), self.timing)
+        verdict = compare(without, self._whole(), self.timing)
         found = RegionVerdict(
             region.name, region.sites, verdict.baseline_ms - verdict.candidate_ms, verdict.outcome == "slower",
             verdict.ratio, verdict.noise,

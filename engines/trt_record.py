@@ -16,7 +16,6 @@ from quantempo.contracts.codec import canonical_json, digest, from_data, parse_j
 from quantempo.contracts.manifest import MANIFEST_NAME, FileEntry
 from quantempo.engines.cache import KeyParts, check_private
 from quantempo.engines.gate import GateReport
-from quantempo.engines.guard import Verdict
 from quantempo.engines.onnx_file import external_files
 from quantempo.engines.plan_store import unpack, weight_sources
 from quantempo.engines.targets import parse_version, target, targets
@@ -77,7 +76,6 @@ class EngineRecord:
         version_compatible: whether a newer TensorRT may run the plans, see `version_loads`.
         device: what they were built on.
         versions: of everything that took part.
-        guard: what the latency guard measured, where there was a device.
     """
 
     target: str
@@ -89,7 +87,6 @@ class EngineRecord:
     version_compatible: bool = False
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    guard: Verdict | None = None
     version: int = RECORD_VERSION
 
 

@@ -224,7 +224,7 @@ def check_plan(plan: QuantPlan, model: ir.Model, where: str) -> None:
         for name in sorted(kept.keys() - sites.keys())[:1]:
             raise refuse(f"dialects.{dialect}", f"a decision for {name!r}, which is not there", nearest(name, sites))
         # A centre is taken off for every reader of a tensor, so none of them can stay in float in one dialect.
-        check_centred(plan.for_dialect(dialect), model, f"{where}: dialects.{dialect}")
+        check_centred(plan.for_graph(dialect), model, f"{where}: dialects.{dialect}")
     if not plan.quantized():
         raise NoSites(
             where, found=f"{len(sites)} sites, none of them to be quantized", wanted="at least one",

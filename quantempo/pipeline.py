@@ -42,15 +42,15 @@ from quantempo.stages.programs import calibration_programs, trace_scheduler
 from quantempo.stages.quantizers import scale_table, scales_stage, weights_stage
 from quantempo.stages.range_scan import ranges_stage, scan_steps
 from quantempo.stages.store import StageRun, StageStore, open_store
-from quantempo.stages.writing import check_fused, float_view, write_float, write_quantized
+from quantempo.stages.writing import float_view, write_float, write_quantized
 
 if TYPE_CHECKING:
     from quantempo.export.weights import QuantizedWeight
     from quantempo.report.write import ReportSummary
 
 __all__ = [
-    "ENGINE", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "check_fused",
-    "compile_model", "lower_graphs", "scale_table", "trace_scheduler", "trajectory_batches",
+    "ENGINE", "Calibration", "CompileSummary", "Exported", "Taps", "calibrate", "compile_model",
+    "lower_graphs", "scale_table", "trace_scheduler", "trajectory_batches",
 ]
 
 WRITES = "a bundle is always written anew"
@@ -135,7 +135,7 @@ def compile_model(
         collected, table, weights, keys, second = _numbers(store, exported, view, plan, taps, opened, loop)
         choice = _with_ranges(store, choice, exported, view, opened, collected)
         guarded = guard_stage(exported, plan, table, weights, choice, mode, recipe.threads, progress)
-        plan, table = guarded.plan, guarded.table
+        plan = guarded.plan
         parts = _parts(exported, plan, table, weights, collected, view, opened)
         cache = None if cut is None else cache_stage(store, parts, cut, keys)
         with BundleWriter(out, overwrite=overwrite) as writer:

@@ -99,8 +99,8 @@ class QuantPlan:
         sites: all of them, sorted by id.
         decisions: by site id.
         centred: tensors whose channels are shifted per group before they are quantized, by an exact rewrite.
-        dialects: what the graphs of a dialect keep in float on top, by dialect and site id, because the devices that
-            read it lack something.
+        dialects: what the graphs of a dialect, or of one kind (`DIALECT-TYPE`), keep in float on top, by site id: the
+            devices that read them lack something, or the latency guard saw the sites lose on the engine that does.
     """
 
     model: str
@@ -141,9 +141,13 @@ class QuantPlan:
         scaled = set(plan.scaled_tensors())
         return replace(plan, centred=tuple(name for name in self.centred if name in scaled))
 
-    def for_dialect(self, dialect: str) -> QuantPlan:
-        """The plan that the graphs of a dialect follow."""
-        kept = self.dialects.get(dialect, {})
+    def for_graph(self, kind: str) -> QuantPlan:
+        """The plan that a graph follows.
+
+        Args:
+            kind: `DIALECT-TYPE`, or a dialect.
+        """
+        kept = {**self.dialects.get(kind.partition("-")[0], {}), **self.dialects.get(kind, {})}
         quantized = {site.id for site in self.quantized()}
         plan = replace(self, dialects={})
         return plan.keeping({name: decision for name, decision in kept.items() if name in quantized})

@@ -130,7 +130,7 @@ def _check_model(model: Path, profile: Target, version: str) -> CheckReport:
     require_format(profile, "int8")
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
         graph = Path(folder) / "float.onnx"
-        plan = trace_structure(model, graph).for_dialect(profile.graphs[0][0])
+        plan = trace_structure(model, graph).for_graph(profile.graphs[0][0])
         findings = list(check_graph(graph, profile, version))
     for site, decision in plan.decisions.items():
         if isinstance(decision, Keep):

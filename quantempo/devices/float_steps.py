@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantempo.contracts.codec import canonical_json, parse_json
 from quantempo.contracts.step_policy import FLOAT_VARIANT, StepPolicy, apply_policy, policy_of, read_policy
-from quantempo.devices.rewriting import plan_and_float_graph, quantized_dialects, rewrite_bundle
+from quantempo.devices.rewriting import plan_and_float_graph, quantized_dialects, rewrite_bundle, weights_of
 from quantempo.errors import PlanError
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 
@@ -49,9 +49,7 @@ def with_float_steps(source: Path, out: Path, policy: StepPolicy, overwrite: boo
         BundleError: no quantized bundle, or one without its reference.
         PlanError: the bundle follows a policy already.
     """
-    from quantempo.export.graph_files import load_graph
     from quantempo.export.lower_float import lower_float
-    from quantempo.export.weights import stored_weights
 
     bundle = read_bundle(source)
     if any(entry.variant == FLOAT_VARIANT for entry in bundle.manifest.graphs.values()):
@@ -61,13 +59,16 @@ def with_float_steps(source: Path, out: Path, policy: StepPolicy, overwrite: boo
         )
     plan, graph = plan_and_float_graph(bundle)
     dialects = quantized_dialects(bundle)
-    weights = stored_weights(load_graph(bundle.path(bundle.manifest.graphs[dialects["ort"]].file)), plan)
-    graphs = {f"{FLOAT_VARIANT}.{name}-f32": lower_float(graph, plan, weights, name) for name in dialects}
+    weights = weights_of(bundle, plan)
+    graphs = {
+        f"{FLOAT_VARIANT}.{name}-f32": lower_float(graph, plan.for_graph(f"{name}-f32"), weights, name)
+        for name in dialects
+    }
     programs = {
         name: canonical_json(apply_policy(bundle.program(int(steps)), policy)).encode()
         for steps, name in bundle.manifest.programs.files.items()
     }
-    return rewrite_bundle(bundle, out, {} if policy.empty else graphs, programs, {}, overwrite)
+    return rewrite_bundle(bundle, out, {} if policy.empty else graphs, programs, {}, {FLOAT_VARIANT: None}, overwrite)
 
 
 def bundle_policy(bundle: OpenBundle) -> StepPolicy:

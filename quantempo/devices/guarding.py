@@ -1,8 +1,9 @@
 """The latency guard of a compile: no engine slower than its float twin is handed over without a word.
 
 Timings differ from run to run, so they never decide what a compile writes unless that was asked for: by default they
-are recorded beside the bundle and a loss is said aloud.  With `revert`, regions that lose become `Keep` decisions of
-the plan, with the measurement as their reason; two such compiles may differ.
+are recorded beside the bundle and a loss is said aloud.  With `revert`, regions that lose on an engine become `Keep`
+decisions for the graph that this engine reads, with the measurement as their reason, and stay quantized in all others;
+two such compiles may differ.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ GROUP_INPUT = "scale_group"
 SIDECAR = "engine.json"
 TARGETS = {"ort": "cpu", "openvino": "openvino"}
 """The target that a CPU backend stands for."""
+TITLES = {"ort": "ONNX Runtime", "openvino": "OpenVINO"}
 TIMING = Timing(rounds=7, warmup=2, sample_s=0.02, margin=0.02)
 _TWIN_SETTINGS = {"openvino": {"precision": "auto"}}
 """What gives a backend's float graph its best speed."""
@@ -65,8 +67,8 @@ class GuardRecord:
         bundle: digest of the manifest that was judged; of another bundle it says nothing.
         device: fingerprint of the CPU.
         verdict: the quantized model against its float twin, per call.
-        regions: what each region brings; empty where only the whole was timed.
-        reverted: sites that were left in float for it.
+        regions: what each region brings.
+        reverted: sites that were left in float for it, in the graph that this engine reads.
         rows, threads: of the timed call.
     """
 
@@ -86,12 +88,11 @@ class Guarded:
     """What a compile goes on with.
 
     Args:
-        plan, table: as given, or without the sites that lose.
+        plan: as given, or with what loses kept in float in the graphs of the engines on which it loses.
         records: one per engine that was timed, their bundle still empty.
     """
 
     plan: QuantPlan
-    table: ScaleTable
     records: tuple[GuardRecord, ...] = ()
 
     def write(self, root: Path, bundle: str) -> None:
@@ -158,64 +159,63 @@ def guard_stage(
 def settle(
     subject: Subject, mode: GuardMode, timing: Timing | None = None, advance: Advance = silent
 ) -> Guarded:
-    """Time the quantized model against its float twin, on every CPU engine that is installed.
-
-    Per-region times are taken on the first of them, ONNX Runtime, whose graphs are the ones that a reverted region
-    changes most cheaply; `revert` follows them.
+    """Time the quantized model against its float twin, whole and by region, on every CPU engine that is installed.
 
     Args:
         subject: see there.
-        mode: `off` times nothing.
+        mode: `off` times nothing; `revert` keeps in float what loses, in the graph of the engine on which it loses.
         timing: see there.
         advance: told the number of variants opened and in all; in the mode `revert` nobody knows how many there will
             be, and it is told nothing.
 
     Raises:
-        NoSites: in the mode `revert`, nothing is faster in integers.
+        NoSites: in the mode `revert`, nothing is faster in integers on any engine.
     """
-    if mode == "off" or not subject.plan.quantized():
-        return Guarded(subject.plan, subject.table)
-    timing = timing or TIMING
+    plan = subject.plan
+    if mode == "off" or not plan.quantized():
+        return Guarded(plan)
+    records, lost = [], []
     engines = [name for name in candidates() if name in TARGETS]
-    regions = regions_of(subject.plan)
-    quantized = frozenset(site.id for site in subject.plan.quantized())
-    records = []
-    # Two variants for the verdict of each engine, two for each region on the first.
-    opened = _Opened(advance if mode == "record" else silent, 2 * (len(engines) + len(regions)))
-    for index, backend in enumerate(engines):
+    # On each engine two variants for the verdict, the whole once more, and one without each region.
+    opened = _Opened(advance if mode == "record" else silent, len(engines) * (3 + len(regions_of(plan))))
+    for backend in engines:
         maker = _Maker(subject, backend, opened)
-        reverted: tuple[str, ...] = ()
-        found: tuple[RegionVerdict, ...] = ()
-        verdict: Verdict | None
-        if index == 0 and mode == "revert":
-            report = revert_losing(regions, maker.quantized, maker.twin(), timing)
-            reverted, found, verdict = report.revert, report.regions, report.verdict
-            quantized -= set(reverted)
-        else:
-            verdict = compare(maker.twin(), maker.quantized(quantized), timing) if quantized else None
-            if index == 0:
-                found = time_regions(regions, maker.quantized, timing)
-        if verdict is None:
+        if not maker.sites:
             continue
+        verdict, regions, reverted = _judge(maker, mode, timing or TIMING)
+        if len(reverted) == len(maker.sites):
+            # The graph stays as it is: another engine gains, and this one can be told to run the float bundle.
+            lost.append(backend)
+            reverted = ()
+        elif reverted:
+            keep = Keep(f"slower in integers than in float on {TITLES[backend]}, as timed on the compiling machine")
+            kept = {**plan.dialects.get(maker.kind, {}), **dict.fromkeys(reverted, keep)}
+            plan = replace(plan, dialects={**plan.dialects, maker.kind: kept})
         records.append(
-            GuardRecord(TARGETS.get(backend, backend), "", cpu_features().fingerprint, verdict, found, reverted,
+            GuardRecord(TARGETS[backend], "", cpu_features().fingerprint, verdict, regions, reverted,
                         threads=subject.threads)
         )
-        _say(backend, verdict, found, mode)
-    return Guarded(*_left(subject, quantized), tuple(records))
-
-
-def _left(subject: Subject, quantized: frozenset[str]) -> tuple[QuantPlan, ScaleTable]:
-    if quantized == {site.id for site in subject.plan.quantized()}:
-        return subject.plan, subject.table
-    if not quantized:
+        _say(backend, verdict, regions, mode)
+    if records and len(lost) == len(records):
         raise NoSites(
             "latency guard", found="a model that is slower in integers than in float, however it is divided",
-            wanted="at least one region that gains",
+            wanted=f"at least one region that gains on {' or '.join(TITLES[name] for name in lost)}",
             cause="the model is small, or this CPU has no fast integer products",
             remedy="compile with --dtype float32; or with --guard record, where the smaller files are worth the time",
         )
-    return restricted(subject.plan, subject.table, quantized, "slower in integers than in float on this machine")
+    return Guarded(plan, tuple(records))
+
+
+def _judge(
+    maker: _Maker, mode: GuardMode, timing: Timing
+) -> tuple[Verdict, tuple[RegionVerdict, ...], tuple[str, ...]]:
+    """The verdict on one engine, what each region brings there, and the sites that should stay in float."""
+    regions = regions_of(maker.plan)
+    if mode == "revert":
+        report = revert_losing(regions, maker.quantized, maker.twin(), timing)
+        return report.verdict, report.regions, report.revert
+    verdict = compare(maker.twin(), maker.quantized(maker.sites), timing)
+    return verdict, time_regions(regions, maker.quantized, timing), ()
 
 
 def _say(backend: str, verdict: Verdict, regions: Sequence[RegionVerdict], mode: GuardMode) -> None:
@@ -267,6 +267,10 @@ class _Maker:
     def __init__(self, subject: Subject, backend: str, opened: _Opened) -> None:
         self._subject, self._backend, self._opened = subject, backend, opened
         self._dialect = preferred_dialect(backend, ("ort", "portable"))
+        self.kind = f"{self._dialect}-f32"
+        """Of the graphs that the engine reads."""
+        self.plan = subject.plan.for_graph(self.kind)
+        self.sites = frozenset(site.id for site in self.plan.quantized())
 
     def twin(self) -> Variant:
         """The float model, as fast as the backend has it."""
@@ -310,7 +314,7 @@ class _Maker:
         subject = self._subject
         if not sites:
             return for_onnxruntime(subject.graph) if self._dialect == "ort" else subject.graph
-        plan, table = restricted(subject.plan, subject.table, sites, "left out of a timing")
-        choice = replace(subject.choice, names=(f"{self._dialect}-f32",))
+        plan, table = restricted(self.plan, subject.table, sites, "left out of a timing")
+        choice = replace(subject.choice, names=(self.kind,))
         (lowered,) = lower_graphs(subject.graph, plan, table, subject.weights, choice).values()
         return lowered

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from quantempo.calib.modelopt import Imported, import_maxima, read_maxima
-from quantempo.devices.rewriting import plan_and_float_graph, quantized_dialects, rewrite_bundle
+from quantempo.devices.rewriting import plan_and_float_graph, quantized_dialects, rewrite_bundle, weights_of
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.stages.dialects import Attention, GraphChoice, lower_graphs
 
@@ -31,7 +31,6 @@ def with_imported_scales(
 
     from quantempo.export.graph_files import load_graph
     from quantempo.export.quantize_attention import stored_products, stored_ranges
-    from quantempo.export.weights import stored_weights
 
     maxima = read_maxima(checkpoint)
     bundle = read_bundle(source)
@@ -40,15 +39,15 @@ def with_imported_scales(
     assert table is not None  # a bundle with a plan has a table
     imported = import_maxima(table, plan, maxima)
     dialects = quantized_dialects(bundle)
-    made = {dialect: load_graph(bundle.path(bundle.manifest.graphs[name].file)) for dialect, name in dialects.items()}
-    weights = stored_weights(made["ort"], plan)
+    portable = load_graph(bundle.path(bundle.manifest.graphs[dialects["portable"]].file))
+    weights = weights_of(bundle, plan)
     # The checkpoint says nothing about the inside of attention: what was calibrated stays.
     attention: dict[str | None, Attention] = {"both": "quantized", "scores": "auto", None: "float"}
     choice = GraphChoice(
-        tuple(f"{dialect}-f32" for dialect in dialects), attention[stored_products(made["portable"])],
-        ranges=stored_ranges(made["portable"], "int8"),
+        tuple(f"{dialect}-f32" for dialect in dialects), attention[stored_products(portable)],
+        ranges=stored_ranges(portable, "int8"),
     )
     graphs = lower_graphs(graph, plan, imported.table, weights, choice)
     arrays = {name: np.ascontiguousarray(array) for name, array in imported.table.arrays().items()}
     files = {str(bundle.manifest.tables): save(arrays)}
-    return rewrite_bundle(bundle, out, graphs, files, {}, overwrite), imported
+    return rewrite_bundle(bundle, out, graphs, files, {}, {"full": plan}, overwrite), imported

@@ -14,9 +14,11 @@ from quantempo.errors import BundleError
 from quantempo.inspection import REFERENCE, STATISTICS, load_plan
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter
+from quantempo.stages.gating import gate_graphs
 
 if TYPE_CHECKING:
     from quantempo.export.graph_files import Graph
+    from quantempo.export.weights import QuantizedWeight
 
 
 def plan_and_float_graph(bundle: OpenBundle) -> tuple[QuantPlan, Graph]:
@@ -53,12 +55,25 @@ def quantized_dialects(bundle: OpenBundle) -> dict[str, str]:
     }
 
 
+def weights_of(bundle: OpenBundle, plan: QuantPlan) -> dict[str, QuantizedWeight]:
+    """The integer weights of a bundle; a graph holds those of the sites that it does not keep in float."""
+    from quantempo.export.graph_files import load_graph
+    from quantempo.export.weights import stored_weights
+
+    found: dict[str, QuantizedWeight] = {}
+    for dialect, name in quantized_dialects(bundle).items():
+        graph = load_graph(bundle.path(bundle.manifest.graphs[name].file))
+        found |= stored_weights(graph, plan.for_graph(f"{dialect}-f32"))
+    return found
+
+
 def rewrite_bundle(
     source: OpenBundle,
     out: Path,
     graphs: Mapping[str, Graph],
     files: Mapping[str, bytes],
     changes: Mapping[str, Any],
+    plans: Mapping[str, QuantPlan | None],
     overwrite: bool = False,
 ) -> OpenBundle:
     """Write a bundle like another one, float reference and calibration statistics included.
@@ -70,10 +85,12 @@ def rewrite_bundle(
             the others are stored once.
         files: other files that are exchanged, by name.
         changes: fields of the manifest.
+        plans: what the variants among `graphs` quantize; the fusion gate judges them.
         overwrite: replace an older bundle.
 
     Raises:
         OutputExists: `out` is taken.
+        FusionError: a quantized site of `graphs` runs in float.
     """
     from quantempo.export.graph_files import load_graph, specs, write_graphs
 
@@ -93,6 +110,7 @@ def rewrite_bundle(
                     *place, variant, dialect.removesuffix("-f32"), "float32",  # type: ignore[arg-type]  # our names
                     specs(model.inputs), specs(model.outputs),
                 )
+        gate_graphs(writer.root, {name: entries[name] for name in graphs}, plans)
         for name in manifest.files:
             if not name.startswith("graphs/"):
                 if name in files:

@@ -92,6 +92,12 @@ class FittedCache:
                 found |= {f"{name}.{dialect}": variant.graph.clone() for dialect in names}
         return found
 
+    def plans(self, plan: QuantPlan) -> dict[str, QuantPlan]:
+        """The part of a model's plan that each variant follows."""
+        from quantempo.export.lower_variant import variant_plan
+
+        return {name: variant_plan(plan, variant.graph) for name, variant in self.graphs.set.variants.items()}
+
     def write(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
         """Write plan, programs and vectors; the manifest with them, and with what each graph reads and writes."""
         from safetensors.numpy import save

@@ -184,7 +184,7 @@ def _lower(
 
     lowerings = {"ort": lower_ort, "portable": lower_portable, "unfold": lower_portable, "fp8": lower_fp8}
     dialect, kind = split_name(name)
-    plan = plan.for_dialect(dialect)
+    plan = plan.for_graph(f"{dialect}-{SHORT[kind]}")
     lowered = lowerings[dialect](graph, plan, variant_table(table, plan), weights)
     if dialect == "unfold":
         run_passes(lowered, (UnfoldConvolutions(),))

@@ -14,16 +14,12 @@ from quantempo.contracts.codec import canonical_json, digest
 from quantempo.contracts.manifest import Decoder, Denoiser, FileEntry, GraphEntry, Manifest, ProgramIndex
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.table import ScaleTable
-from quantempo.engines.gate import GateReport, check_ort
-from quantempo.engines.onnx_reader import read_graph
-from quantempo.engines.ort import optimized_graph
-from quantempo.engines.targets import target
-from quantempo.errors import ExportError
 from quantempo.progress import Advance, silent
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
 from quantempo.runtime.bundle_writer import BundleWriter
 from quantempo.stages.dialects import GraphChoice, lower_graphs, split_name
+from quantempo.stages.gating import gate_graphs
 from quantempo.stages.model import FULL, SECOND, Exported
 
 if TYPE_CHECKING:
@@ -61,9 +57,8 @@ def write_quantized(
         graphs |= cache.lower(plan, weights, choice)
     denoiser = dataclasses.replace(exported.denoiser, group_input=GROUP_INPUT)
     manifest = _write_common(writer, exported, graphs, denoiser, recipe, advance)
-    if "ort-f32" in choice.names:
-        for variant in exported.graphs():
-            check_fused(writer.root / "graphs" / f"{variant}.ort-f32.onnx", plan)
+    plans = dict.fromkeys(exported.graphs(), plan)
+    gate_graphs(writer.root, manifest.graphs, plans if cache is None else plans | cache.plans(plan))
     writer.add_bytes("tables.safetensors", save({k: np.ascontiguousarray(v) for k, v in table.arrays().items()}))
     writer.add_json("plan.json", plan)
     manifest = dataclasses.replace(
@@ -171,21 +166,3 @@ def _provenance(exported: Exported, recipe: Recipe) -> dict[str, str]:
         "model_class": exported.class_name, "float_graph": exported.identity,
         "recipe": digest(canonical_json(recipe)), "seed": str(recipe.seed),
     }
-
-
-def check_fused(graph: Path, plan: QuantPlan) -> GateReport:
-    """Post-condition: ONNX Runtime runs every quantized site on integer operators.
-
-    Raises:
-        FusionError: it does not.
-        ExportError: the graph holds another number of sites than the plan.
-    """
-    report = check_ort(optimized_graph(graph), read_graph(graph), target("cpu"))
-    sites = len(plan.quantized())
-    if report.sites != sites:
-        raise ExportError(
-            f"graph {graph.name}", found=f"{report.sites} integer products", wanted=f"{sites}, one per quantized site",
-            cause="a mistake in the lowering", remedy="report this with the plan",
-        )
-    report.require(f"optimized graph of {graph.name}")
-    return report

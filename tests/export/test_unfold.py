@@ -128,13 +128,13 @@ def test_narrow_and_grouped_convolutions_stay_in_float_for_a_reason() -> None:
     assert sorted(kept) == ["grouped", "narrow"]
     assert "112 output channels" in kept["narrow"].reason
     assert "grouped" in kept["grouped"].reason
-    part = replace(plan, dialects={"unfold": kept}).for_dialect("unfold")
+    part = replace(plan, dialects={"unfold": kept}).for_graph("unfold")
     # The owner of the scale is gone: the first that shared it has it now.
     assert part.decisions["point"] == Quantize(True)
     assert part.decisions["wide"] == Share("point")
     assert [site.id for site in part.kept()] == ["grouped", "narrow"]
     assert part.dialects == {}
-    assert replace(plan, dialects={"unfold": kept}).for_dialect("portable").decisions == plan.decisions
+    assert replace(plan, dialects={"unfold": kept}).for_graph("portable").decisions == plan.decisions
     table = min_max_table(model, plan, [{"p": np.ones((2, 8, 4, 4), np.float32)}])
     _, after = unfolded(model, part, variant_table(table, part))
     assert count(after)["Conv"] == 2

@@ -24,7 +24,7 @@ from quantempo.devices.guarding import (
     restricted,
     settle,
 )
-from quantempo.engines.guard import Timing
+from quantempo.engines.guard import Timing, Verdict
 from quantempo.errors import NoSites, RequestError
 from quantempo.export import for_ort, lower_ort
 from quantempo.export.graph_files import load_graph
@@ -33,7 +33,7 @@ from quantempo.export.weights import stored_weights
 from quantempo.inspection import load_plan
 from quantempo.pipeline import compile_model
 from quantempo.runtime.bundle import OpenBundle, read_bundle
-from quantempo.stages.dialects import GraphChoice
+from quantempo.stages.dialects import GraphChoice, lower_graphs
 
 QUICK = Timing(rounds=5, warmup=1, sample_s=0.004, margin=0.02, clock=time.process_time)
 """One thread's own time: what else the machine does must not decide a test."""
@@ -156,15 +156,25 @@ def test_revert_leaves_a_planted_loser_in_float(subject: Subject, monkeypatch: p
 
     monkeypatch.setattr(for_ort, "for_onnxruntime", slow_twin)
     guarded = settle(subject, "revert", QUICK)
-    kept = {name for name, decision in guarded.plan.decisions.items()
-            if isinstance(decision, Keep) and "slower in integers than in float" in decision.reason}  # fmt: skip
+    assert guarded.plan.decisions == subject.plan.decisions, "what loses on one engine is taken from no other"
+    assert set(guarded.plan.dialects) == {"ort-f32"}
+    kept = set(guarded.plan.dialects["ort-f32"])
+    reasons = {decision.reason for decision in guarded.plan.dialects["ort-f32"].values()}
+    assert reasons == {"slower in integers than in float on ONNX Runtime, as timed on the compiling machine"}
     assert {"transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.2"} <= kept
     (record,) = guarded.records
     assert set(record.reverted) == kept
     assert record.verdict.wins
-    assert guarded.plan.quantized(), "what does not lose stays quantized"
-    assert set(guarded.table.tensors) == set(guarded.plan.scaled_tensors())
-    lower_ort.lower_ort(subject.graph, guarded.plan, guarded.table, subject.weights)
+    left = {site.id for site in guarded.plan.for_graph("ort-f32").quantized()}
+    everything = {site.id for site in subject.plan.quantized()}
+    assert left, "what does not lose stays quantized"
+    assert left == everything - kept
+    choice = replace(subject.choice, names=("ort-f32", "portable-f32"))
+    graphs = lower_graphs(subject.graph, guarded.plan, subject.table, subject.weights, choice)
+    counts = {name: sum(n.op_type == "MatMulIntegerToFloat" for n in graph.graph) for name, graph in graphs.items()}
+    assert counts["full.ort-f32"] == len(left)
+    quantizers = {str(n.outputs[0].name) for n in graphs["full.portable-f32"].graph if n.op_type == "QuantizeLinear"}
+    assert any("ff.net.2" in name for name in quantizers)
 
 
 def test_where_everything_loses_the_compile_stops_with_advice(
@@ -190,6 +200,8 @@ def test_a_compile_writes_the_verdict_beside_the_bundle(
     silent = compile_model(tiny_models.dit_pipeline(), tmp_path / "b", small, guard="off").bundle
     assert timed.digest == silent.digest, "a recorded verdict must not change the bundle"
     assert not (silent.root / "engines").exists()
+    plan = load_plan(timed)
+    assert plan is not None
     for name in guarding.candidates():
         target = guarding.TARGETS.get(name)
         if target is None:
@@ -198,5 +210,28 @@ def test_a_compile_writes_the_verdict_beside_the_bundle(
         assert set(data) <= set(GuardRecord.__dataclass_fields__)
         assert data["bundle"] == timed.digest
         assert data["verdict"]["candidate_ms"] > 0
-        assert bool(data.get("regions")) == (name == "ort")
+        assert {region["region"] for region in data["regions"]} == {region.name for region in regions_of(plan)}
     read_bundle(timed.root)
+
+
+def test_each_engine_is_judged_by_its_own_times(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one engine a region loses, on the other everything does, then the other way round; both are told apart."""
+    monkeypatch.setattr(guarding, "candidates", lambda: ("ort", "openvino"))
+    kinds = {"ort": "ort-f32", "openvino": "portable-f32"}
+    whole = tuple(site.id for site in subject.plan.quantized())
+    verdict = Verdict("float", "int8", "", "faster", 2.0, 1.0, 0.5, 0.01, ())
+
+    for losers in ({"ort": whole[:2], "openvino": whole[2:4]}, {"ort": whole[:1], "openvino": whole}):
+
+        def judge(maker: Any, mode: str, timing: Timing, losers: Any = losers) -> Any:
+            return verdict, (), losers[maker._backend]
+
+        monkeypatch.setattr(guarding, "_judge", judge)
+        guarded = settle(subject, "revert", QUICK)
+        assert guarded.plan.decisions == subject.plan.decisions
+        wanted = {kinds[name]: set(sites) for name, sites in losers.items() if sites != whole}
+        assert {kind: set(kept) for kind, kept in guarded.plan.dialects.items()} == wanted
+        assert [record.target for record in guarded.records] == ["cpu", "openvino"]
+    monkeypatch.setattr(guarding, "_judge", lambda *_: (verdict, (), whole))
+    with pytest.raises(NoSites, match="gains on ONNX Runtime or OpenVINO"):
+        settle(subject, "revert", QUICK)
