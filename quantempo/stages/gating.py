@@ -1,7 +1,8 @@
 """The fusion gate over the graphs of a bundle that is being written: what is quantized must run on integers.
 
-ONNX Runtime is always there, since it calibrates; the graphs of OpenVINO are judged where it is installed.  Graphs in
-half precision and in FP8 are for devices; `quantempo build` judges what it makes of them (`quantempo.building`).
+ONNX Runtime is always there, since it calibrates; the graphs of OpenVINO are judged where it is installed, in a process
+of its own.  Graphs in half precision and in FP8 are for devices; `quantempo build` judges what it makes of them
+(`quantempo.building`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.manifest import GraphEntry
 from quantempo.contracts.plan import QuantPlan
 from quantempo.engines.gate import GateReport, check_openvino, check_ort, intended_sites
@@ -92,7 +92,7 @@ def _on_ort(graph: Path, structure: OnnxGraph) -> GateReport:
 def _on_openvino(graph: Path, structure: OnnxGraph) -> GateReport | None:
     if "openvino" not in installed_backends():
         return None
-    from quantempo.engines.openvino import integer_layers
+    from quantempo.engines.openvino_apart import integer_layers
 
     sizes = {
         size: ROWS if axis == 0 else 1
@@ -100,7 +100,7 @@ def _on_openvino(graph: Path, structure: OnnxGraph) -> GateReport | None:
         if isinstance(size, str)
     }  # fmt: skip
     try:
-        layers = integer_layers(graph, EngineOptions(), sizes)
+        layers = integer_layers(graph, sizes)
     except EngineError as error:
         warnings.warn(f"{graph.name} is not judged: {error.where}: {error.found}", NotGated, stacklevel=4)
         return None

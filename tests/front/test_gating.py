@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,6 +23,7 @@ from quantempo.devices import rewriting
 from quantempo.devices.comparing import CompareOptions, compare_engines
 from quantempo.devices.float_steps import with_float_steps
 from quantempo.devices.importing import with_imported_scales
+from quantempo.engines import openvino_apart
 from quantempo.errors import ExportError, FusionError
 from quantempo.export import lower_ort, lower_portable
 from quantempo.inspection import load_plan
@@ -185,6 +188,23 @@ def test_a_graph_that_openvino_refuses_is_said_to_be_not_judged(dit_bundle: Open
     save_onnx(model, tmp_path / "g.onnx")
     with pytest.warns(NotGated, match=r"g\.onnx is not judged: .*NoSuchOperator"):
         assert gate_graph(tmp_path / "g.onnx", "portable", quantized(dit_bundle)) is None
+
+
+@pytest.mark.skipif("portable" not in ENGINES, reason="openvino is not installed")
+def test_a_compile_survives_the_death_of_openvino(dit_bundle: OpenBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler has been seen to end in a segmentation fault; afterwards a new child serves the next graph."""
+    graph, sites = dit_bundle.path("graphs/full.portable-f32.onnx"), quantized(dit_bundle)
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino_apart, "_child", None)
+        patch.setattr(sys, "executable", shutil.which("false"))
+        with pytest.warns(NotGated, match=r"is not judged: .*its compiler died \(exit code 1\)"):
+            assert gate_graph(graph, "portable", sites) is None
+    assert gate_graph(graph, "portable", sites) is not None
+    child = openvino_apart._child
+    assert child is not None
+    child.kill()
+    child.wait()
+    assert gate_graph(graph, "portable", sites) is not None, "a child that died in between is replaced"
 
 
 def test_without_openvino_its_graphs_are_not_judged(dit_bundle: OpenBundle, monkeypatch: pytest.MonkeyPatch) -> None:
