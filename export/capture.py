@@ -22,6 +22,8 @@ from quantempo.export.families.base import Flat
 OPSET = 21
 """The first with native GroupNormalization and the last before attention becomes one operator."""
 
+PLAIN_PROCESSORS_REMEDY = "set diffusers' own with set_default_attn_processor() or set_attn_processor(...)"
+
 
 def capture(
     wrapper: nn.Module, args: tuple[torch.Tensor, ...], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
@@ -59,7 +61,7 @@ def untraceable(wrapper: nn.Module, error: BaseException) -> ExportError:
     cause, remedy = "torch.onnx does not know an operation of this model", "try another torch version"
     if foreign:
         cause = f"attention processors that are not diffusers' own: {', '.join(foreign)}"
-        remedy = "set diffusers' own with set_default_attn_processor() or set_attn_processor(...)"
+        remedy = PLAIN_PROCESSORS_REMEDY
     elif "code specialized it to be a constant" in str(error) or _counts_batch(error):
         kind = BatchLoop
         cause = "the model's Python loops over the samples of a batch, or computes with their number"

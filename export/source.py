@@ -339,12 +339,13 @@ def _class_name(denoiser: Path, config: Mapping[str, Any], parts: ModelParts) ->
             remedy="give the directory of the transformer or UNet",
         )
     if name not in FAMILIES and parts.code is None and not is_known(name):
+        close = nearest(name, FAMILIES)
         raise UnsupportedModel(
             str(denoiser / "config.json"), found=f"class {name!r}, which the installed diffusers does not have",
-            wanted="a denoiser of diffusers, such as " + ", ".join(sorted(FAMILIES)),
+            wanted="a denoiser of diffusers",
             cause="a slip in '_class_name', a model that is newer than the installed diffusers, or a class of your own",
-            remedy=nearest(name, FAMILIES) + " Or run: pip install --upgrade diffusers; or add --code FILE.py, the "
-            "file that defines the class (docs/models.md)",
+            remedy=(close + " Or " if close.startswith("did") else "") + "run: pip install --upgrade diffusers; or add "
+            "--code FILE.py, the file that defines the class (docs/models.md)",
         )
     return name
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantempo.errors import BatchLoop, ExportError
+from quantempo.export.capture import PLAIN_PROCESSORS_REMEDY, foreign_processors
 from quantempo.export.families.base import BATCH, SAMPLE, TIMESTEP, Family, Feeds
 
 NUMBERS = {
@@ -48,11 +51,13 @@ class Event:
         name: of the function.
         result: its result: numbers, or tensors.
         sources: the graph inputs that it depends on.
+        asker: the function that asked, with its file and line.
     """
 
     name: str
     result: Any
     sources: frozenset[str]
+    asker: str = ""
 
     def same(self, other: Event) -> bool:
         """Whether two runs saw the same."""
@@ -83,7 +88,8 @@ def specialised(module: nn.Module, family: Family, sets: Sequence[Mapping[str, N
         return None
     where = f"tracing {family.class_name}"
     sources = frozenset[str]().union(*(event.sources for event in first))
-    pinned = {name: _pinned(where, family, name, sets) for name in sorted(sources)}
+    askers = {name: _Asker.of(first, name, foreign_processors(module)) for name in sources}
+    pinned = {name: _pinned(where, family, name, sets, askers[name]) for name in sorted(sources, key=_samples_first)}
     if len(first) != len(second) or not all(a.same(b) for a, b in zip(first, second, strict=True)):
         odd = next((a.name for a, b in zip(first, second, strict=False) if not a.same(b)), "a loop")
         raise BatchLoop(
@@ -109,21 +115,44 @@ def specialised(module: nn.Module, family: Family, sets: Sequence[Mapping[str, N
     )
 
 
+def _samples_first(name: str) -> tuple[bool, str]:
+    """An order in which what cannot be helped comes first."""
+    return name not in (SAMPLE, TIMESTEP), name
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Who looks at an input first, and what to do about it where that is an attention processor of another package."""
+
+    name: str
+    remedy: str
+
+    @classmethod
+    def of(cls, events: Sequence[Event], source: str, foreign: Sequence[str]) -> _Asker:
+        name = next(event.asker for event in events if source in event.sources)
+        kind = name.partition(".")[0]
+        if kind not in foreign:
+            return cls(name, "")
+        return cls(f"the attention processor {name}", f"{PLAIN_PROCESSORS_REMEDY}, or ")
+
+
 def _pinned(
-    where: str, family: Family, name: str, sets: Sequence[Mapping[str, NDArray[Any]]]
+    where: str, family: Family, name: str, sets: Sequence[Mapping[str, NDArray[Any]]], asker: _Asker
 ) -> NDArray[Any]:
     """The content of an input that Python looks at: one row, which all samples share."""
     spec = next(spec for spec in family.all_inputs() if spec.name == name)
     place = f"{where}, input {name!r}"
     if name in (SAMPLE, TIMESTEP):
         raise _refuse(
-            place, "Python that looks at its contents", "torch operations", "take the branch out of the model's forward"
+            place, f"Python that looks at its contents, in {asker.name}", "torch operations",
+            f"{asker.remedy}take the branch out of it",
         )
     contents = [row for given in sets for row in (given[name] if spec.shape[:1] == (BATCH,) else [given[name]])]
     if any(not np.array_equal(contents[0], other) for other in contents[1:]):
         raise _refuse(
-            place, "Python that looks at its contents, which differ from sample to sample", "one content for all",
-            "give example inputs in which every row holds the content that the graph is for",
+            place, f"Python that looks at its contents, which differ from sample to sample, in {asker.name}",
+            "one content for all",
+            f"{asker.remedy}give example inputs in which every row holds the content that the graph is for",
         )
     return np.array(contents[0])
 
@@ -253,7 +282,7 @@ class _Recorder(_Asked):
             result = compute()
         behind = self._behind(sources)
         if name not in FACTORISATIONS or not behind:
-            self.events.append(Event(name, _kept(result), behind))
+            self.events.append(Event(name, _kept(result), behind, _asker()))
         self._note(result, behind)
         return result
 
@@ -279,6 +308,18 @@ class _Recorder(_Asked):
         if behind:
             for tensor in _tensors(result):
                 self._sources[tensor] = self._sources.get(tensor, frozenset()) | behind
+
+
+def _asker() -> str:
+    """The function of a model that is running: `Class.method (file.py:12)`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("torch", "quantempo"):
+            code = frame.f_code
+            return f"{code.co_qualname} ({Path(code.co_filename).name}:{frame.f_lineno})"
+        frame = frame.f_back
+    return "the model"
 
 
 def _kept(result: Any) -> Any:

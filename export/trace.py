@@ -108,7 +108,7 @@ def load_component(
             module.__class__ = made
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ExportError(
-            str(folder), found=f"weights that diffusers cannot load ({first_line(error)})", wanted=f"a {class_name}",
+            str(folder), found=f"weights that diffusers cannot load ({_beginning(error)})", wanted=f"a {class_name}",
             cause="configuration and weights do not belong together, or a file is damaged",
             remedy="load it in diffusers by itself, and copy the model directory again",
         ) from error
@@ -122,6 +122,11 @@ def load_component(
         )
     loaded: nn.Module = module.eval()
     return loaded
+
+
+def _beginning(error: Exception) -> str:
+    """The first words of an error; torch names the weights only after the first line."""
+    return " ".join(str(error).split())[:300]
 
 
 def load_plain(kind: type[nn.Module], folder: Path) -> nn.Module:
@@ -140,7 +145,7 @@ def load_plain(kind: type[nn.Module], folder: Path) -> nn.Module:
         module.load_state_dict(weights)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ExportError(
-            str(folder), found=f"weights that do not fit the class ({first_line(error)})", wanted=f"a {kind.__name__}",
+            str(folder), found=f"weights that do not fit the class ({_beginning(error)})", wanted=f"a {kind.__name__}",
             cause="config.json does not hold the arguments of the class, or the weights are another model's",
             remedy="write config.json with '_class_name' and these arguments, and the state_dict with "
             "safetensors.torch.save_file",

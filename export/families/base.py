@@ -43,12 +43,17 @@ class FamilyContext:
 
 
 def first_tensor(output: Any, _feeds: Feeds) -> torch.Tensor:
-    """The first tensor of what a denoiser returns; a list with one tensor per sample is stacked."""
-    found = output if isinstance(output, (tuple, list)) else [output]
-    first = found[0]
+    """The first tensor of what a denoiser returns; a list with one tensor per sample is stacked.
+
+    Raises:
+        TypeError: it returns something else, such as a dictionary of several tensors.
+    """
+    first = output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output)
     if isinstance(first, (tuple, list)):
         return torch.stack(list(first))
-    assert isinstance(first, torch.Tensor)
+    if not isinstance(first, torch.Tensor):
+        keys = f" with {', '.join(map(str, first))}" if isinstance(first, Mapping) else ""
+        raise TypeError(f"forward returns a {type(first).__name__}{keys}, and output_select does not say which part")
     return first
 
 

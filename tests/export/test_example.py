@@ -155,7 +155,8 @@ def test_mask_that_differs_between_samples_is_refused(tmp_path):
 def test_python_that_looks_at_the_sample_is_refused(tmp_path):
     module = build(lambda self, sample, timestep: (sample @ self.weight if sample.mean() > 0 else sample,))
     sets = [{"sample": normal(b, b, 4), "timestep": torch.rand(b)} for b in (2, 3)]
-    with pytest.raises(ExportError, match="input 'sample': found Python that looks at its contents"):
+    words = r"input 'sample': found Python that looks at its contents, in \S+lambda> \(test_example.py:\d+\), wanted"
+    with pytest.raises(ExportError, match=words):
         trace_module(module, family_of_example(module, sets), tmp_path)
 
 
@@ -188,18 +189,40 @@ def test_factorisation_of_a_weight_is_a_constant(tmp_path):
     assert verify_denoiser(graph, module, family, run) <= 1e-6
 
 
-def test_attention_processor_of_another_package_is_named(tmp_path):
-    def forward(self, sample, timestep):
-        return (sample @ self.weight if sample.mean() > 0 else sample,)
+class ThriftyAttnProcessor:
+    """Attends only where it finds something to attend to."""
 
-    module = build(forward)
-    module.processor = type("MyAttnProcessor", (), {})()
-    module.weight.requires_grad_(False)
-    from quantempo.export.capture import untraceable
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        if hidden_states.abs().max() > 3:
+            return attn.to_out[0](attn.to_v(hidden_states))
+        return hidden_states
 
-    error = untraceable(module, RuntimeError("no such operation"))
-    assert "MyAttnProcessor" in str(error)
-    assert "set_default_attn_processor" in str(error)
+
+class FarAttnProcessor:
+    """Calls what torch.onnx has no translation for."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        return torch.special.bessel_j0(attn.to_v(hidden_states))
+
+
+@pytest.mark.parametrize(
+    ("processor", "words"),
+    [
+        (ThriftyAttnProcessor(), r"input 'sample': found Python that looks at its contents, in the attention processor "
+         r"ThriftyAttnProcessor.__call__ \(test_example.py:\d+\)(?s:.*)set_default_attn_processor"),
+        (FarAttnProcessor(), r"processors that are not diffusers' own: FarAttnProcessor(?s:.*)set_default_attn_proc"),
+    ],
+)  # fmt: skip
+def test_attention_processor_of_another_package_is_named(processor, words, tmp_path):
+    from support.tiny_models import DIT
+    from support.tiny_models import build as diffusers_model
+
+    from quantempo.export.families import family_of_module
+
+    module = diffusers_model("DiTTransformer2DModel", 4, **{**DIT, "num_layers": 1})
+    module.transformer_blocks[0].attn1.set_processor(processor)
+    with pytest.raises(ExportError, match=words):
+        trace_module(module, family_of_module(module), tmp_path)
 
 
 def test_inputs_file_describes_a_diffusers_class(tmp_path):

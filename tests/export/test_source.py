@@ -110,7 +110,7 @@ def test_missing_weights_are_refused(tmp_path):
 
 def test_unknown_class_names_the_known_ones(tmp_path):
     copy = tiny_models.edited(tiny_models.unet(), tmp_path / "copy", _class_name="UNet2DModal")
-    words = r"'UNet2DModal'.*DiTTransf(?s:.*)did you mean 'UNet2DModel'(?s:.*)--code FILE.py"
+    words = r"'UNet2DModal'(?s:.*)did you mean 'UNet2DModel'(?s:.*)--code FILE.py"
     with pytest.raises(UnsupportedModel, match=words):
         unet_source(copy)
 
