@@ -11,7 +11,7 @@ from support import families, tiny_models
 from support.onnxruntime_run import run
 
 from quantempo.errors import ExportError, UnsupportedModel
-from quantempo.export.families import FamilyContext, family_of, flux, wan
+from quantempo.export.families import FamilyContext, family_of, family_of_inputs, flux, wan
 from quantempo.export.families.unet2d_condition import build
 from quantempo.export.source import ModelParts, open_source
 from quantempo.export.trace import load_denoiser, trace_module, verify_denoiser
@@ -82,6 +82,30 @@ def test_flux_packs_as_its_pipeline_does():
     assert torch.equal(flux.unpack(packed, 6, 8), latents)
     ids = FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32)
     assert torch.equal(flux.position_ids(6, 8), ids)
+
+
+@pytest.mark.full
+def test_residuals_of_a_controlnet_are_inputs_of_an_example_call(tmp_path):
+    """Computed outside, they give what the graph with the ControlNet inside gives."""
+    source = variant("control")
+    inside, module = family_of(source), load_denoiser(source)
+    feeds = {name: torch.from_numpy(array) for name, array in inside.example(2).items()}
+    (net,) = module.controls
+    given = {name: feeds[name] for name in ("sample", "timestep", "encoder_hidden_states")}
+    with torch.no_grad():
+        down, middle = net(controlnet_cond=feeds["control_image"], return_dict=False, **given)
+        scale = feeds["control_scale"][:, None, None, None]
+        down, middle = [residual * scale for residual in down], middle * scale
+        wanted = module(**inside.arguments(feeds))[0].numpy()
+    residuals = {f"down_block_additional_residuals.{i}": residual for i, residual in enumerate(down)}
+    arrays = {**given, **residuals, "mid_block_additional_residual": middle}
+    np.savez(tmp_path / "call.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+    family = family_of_inputs("UNet2DConditionModel", tmp_path / "call.npz")
+    graph = trace_module(module.unet, family, tmp_path)
+    assert len(graph.inputs) == len(arrays)
+    assert verify_denoiser(graph, module.unet, family, run) <= 1e-4
+    found = run(graph.path, family.examples()[0])["prediction"]
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 def test_control_scale_zero_is_the_plain_unet():

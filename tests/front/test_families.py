@@ -127,14 +127,16 @@ def test_family_compiles_and_samples(name, tmp_path):
 
 
 @pytest.mark.full
-def test_controlnet_compiles_and_samples(tmp_path):
-    folder = families.directory("sd")
-    check(folder, folder / "scheduler", tmp_path / "b", 2.0, tokens=7, controlnets=(str(families.controlnet()),))
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_controlnet_compiles_and_samples(name, tmp_path):
+    folder, control = families.directory(name), families.controlnet(large=name == "sdxl")
+    check(folder, folder / "scheduler", tmp_path / "b", 2.0, tokens=7, controlnets=(str(control),))
 
 
 @pytest.mark.full
-def test_adapter_compiles_and_samples(tmp_path):
-    folder = families.directory("sd")
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_adapter_compiles_and_samples(name, tmp_path):
+    folder = families.directory(name)
     made, _ = check(
         folder, folder / "scheduler", tmp_path / "b", 2.0, tokens=7, ip_adapters=(str(families.ip_adapter()),)
     )
@@ -165,3 +167,55 @@ def test_class_from_an_example_call(tmp_path):
     assert [array.name for array in made.bundle.manifest.denoiser.arrays] == [
         "encoder_hidden_states", "pooled_projections",
     ]  # fmt: skip
+
+
+OWN = '''
+import torch
+
+
+class Residual(torch.nn.Module):
+    def __init__(self, in_channels=4, sample_size=8, num_classes=3):
+        super().__init__()
+        self.mix = torch.nn.Linear(sample_size, sample_size)
+        self.label = torch.nn.Embedding(num_classes + 1, in_channels)
+
+    def forward(self, x, t, class_labels):
+        return self.mix(x) * (1 + t[:, None, None, None] / 1000) + self.label(class_labels)[:, :, None, None]
+'''
+
+
+def test_class_of_ones_own_becomes_a_bundle(tmp_path):
+    """A torch module without diffusers, from `config.json` and its weights; the bundle samples as torch does."""
+    import json
+
+    import diffusers
+    from safetensors.torch import save_file
+
+    from quantempo.export.classes import find_class
+
+    code, folder = tmp_path / "residual.py", tmp_path / "mine"
+    code.write_text(OWN)
+    torch.manual_seed(3)
+    module = find_class("Residual", code)()
+    folder.mkdir()
+    save_file(module.state_dict(), str(folder / "weights.safetensors"))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "Residual", "in_channels": 4, "sample_size": 8}))
+    diffusers.DDIMScheduler().save_pretrained(folder / "scheduler")
+    recipe = Recipe(**SMALL, precision="float32", code=str(code))
+    made = compile_model(
+        folder, tmp_path / "b", recipe, scheduler=folder / "scheduler", guard="off", work=tmp_path / "work"
+    )
+    assert "residual" not in (made.bundle.root / "recipe.json").read_text()
+    latents = np.random.default_rng(0).standard_normal((ROWS, 4, 8, 8)).astype(np.float32)
+    with quantempo.load(tmp_path / "b", threads=1, cache=False) as session:
+        found = session(
+            class_labels=[2, 0], num_inference_steps=STEPS, latents=latents, output_type="latent", guidance_scale=1.0
+        ).latents
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    sample = torch.from_numpy(latents)
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            prediction = module(sample, torch.full((ROWS,), float(time)), torch.tensor([2, 0]))
+            sample = scheduler.step(prediction, time, sample, return_dict=False)[0]
+    assert relative(found, sample.numpy()) < 1e-5

@@ -164,6 +164,22 @@ def animate(draw: Draw) -> Inputs:
     }
 
 
+def animate2(draw: Draw) -> Inputs:
+    """A denoising call: four frames of sixteen tokens, and keys and values that a reference video left in a cache."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    frames, cache = 4, WanAnimate2KVCache(2)
+    for layer in cache.layer_caches:
+        key, value = (draw.shared(FRAMES * 16, 2, 16).expand(draw.batch, -1, -1, -1) for _ in range(2))
+        layer.store(key, value)
+    return {
+        "hidden_states": draw.samples(4, frames, 8, 8), "timestep": draw.steps(),
+        "encoder_hidden_states": draw.samples(6, 16), "condition_latents": draw.samples(8, frames, 8, 8),
+        "kv_cache": cache, "kv_cache_mode": "cached", "seq_len": frames * 16,
+        "reference_grid_sizes": torch.tensor([[FRAMES, 4, 4]] * draw.batch), "origin_len": 8, "origin_area": [64, 64],
+    }
+
+
 def vace(draw: Draw) -> Inputs:
     return {**video(draw), "control_hidden_states": draw.normal(12, FRAMES, 8, 8)}
 
@@ -332,6 +348,14 @@ ENTRIES = (
             "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2,
         },
         animate,
+    ),
+    Entry(
+        "WanAnimate2Transformer3DModel",
+        {
+            "in_dim": 12, "dim": 32, "ffn_dim": 48, "freq_dim": 32, "text_dim": 16, "out_dim": 4, "num_heads": 2,
+            "num_layers": 2, "text_len": 6, "use_img_emb": False,
+        },
+        animate2, batches=(2, 2),
     ),
     Entry(
         "HeliosTransformer3DModel",
