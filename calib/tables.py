@@ -8,7 +8,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.calib.ranges import method_named, quantizer_for
+from quantempo.calib.ranges import SCALE_FLOOR, method_named, quantizer_for
 from quantempo.contracts.partition import Partition
 from quantempo.contracts.stats import StatsKey, TensorStats
 from quantempo.contracts.table import ScaleTable, TensorScales
@@ -153,3 +153,9 @@ def _around(stats: TensorStats, centre: NDArray[np.float32], low: float, high: f
         float(lows.min()) * (low / stats.low if stats.low < 0 else 1.0),
         float(highs.max()) * (high / stats.high if stats.high > 0 else 1.0),
     )
+
+
+def floored(table: ScaleTable) -> dict[str, int]:
+    """In how many groups a tensor was zero throughout calibration, so that its scale is the least one; by tensor."""
+    counts = {name: int((scales.scale <= np.float32(SCALE_FLOOR)).sum()) for name, scales in table.tensors.items()}
+    return {name: count for name, count in sorted(counts.items()) if count}

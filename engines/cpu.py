@@ -55,17 +55,13 @@ class IntegerTypes:
     """How to store a bundle's integers for a CPU, and what to do with one that was stored differently.
 
     Args:
-        activation: `uint8` or `int8`.
         weight_bits: 7 keeps weights in -64 .. 63, where 16-bit sums cannot overflow.
         exact: whether full 8-bit weights are multiplied without saturation.
-        precise_mode: whether ONNX Runtime must be told to widen (`session.x64quantprecision`) for 8-bit weights.
         reason: for people.
     """
 
-    activation: Literal["uint8", "int8"]
     weight_bits: Literal[7, 8]
     exact: bool
-    precise_mode: bool
     reason: str
 
 
@@ -110,15 +106,15 @@ def integer_types(cpu: CpuFeatures) -> IntegerTypes:
     if cpu.architecture == "x86":
         if cpu.has("amx-int8", "avx512-vnni", "avx-vnni"):
             name = next(n for n in ("amx-int8", "avx512-vnni", "avx-vnni") if cpu.has(n))
-            return IntegerTypes("uint8", 8, True, False, f"{name} adds products of U8 and S8 into 32 bits")
+            return IntegerTypes(8, True, f"{name} adds products of U8 and S8 into 32 bits")
         return IntegerTypes(
-            "uint8", 7, False, True,
+            7, False,
             "without VNNI, sums of two U8·S8 products saturate at 16 bits; weights of 7 bits cannot",
         )
     if cpu.architecture == "arm":
         name = next((n for n in ("i8mm", "dotprod") if cpu.has(n)), "neon")
-        return IntegerTypes("int8", 8, True, False, f"{name} adds products of S8 and S8 into 32 bits")
-    return IntegerTypes("int8", 8, True, False, "plain code adds into 32 bits")
+        return IntegerTypes(8, True, f"{name} adds products of S8 and S8 into 32 bits")
+    return IntegerTypes(8, True, "plain code adds into 32 bits")
 
 
 def saturates(integers: IntegerTypes, lowest: int, highest: int) -> bool:

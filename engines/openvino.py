@@ -26,6 +26,7 @@ from quantempo.engines.onnx_graph import OnnxGraph
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.saturation import SaturationNotice, unsafe_reason
 from quantempo.engines.simulation import SimulatedNotice, simulation_notice
+from quantempo.engines.targets import require_version, target
 from quantempo.errors import EngineError, MissingExtra, nearest
 
 SETTINGS = {
@@ -91,10 +92,12 @@ def open_engine(graph: Path, options: EngineOptions) -> OpenVinoEngine:
     """Open an ONNX file.
 
     Raises:
-        EngineError: OpenVINO refuses the graph (in its own words), or an option is unknown.
+        EngineError: OpenVINO refuses the graph (in its own words), an option is unknown, or the library is outside
+            the range of the target `openvino`.
         UnsafePath: the graph refers to weights outside its folder, or through a link.
         MissingExtra: openvino is not installed.
     """
+    require_version(target("openvino"), version())
     if not graph.is_file():
         raise EngineError(
             f"{graph}", found="no such file", wanted="an ONNX graph file", cause="a wrong path",

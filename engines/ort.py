@@ -27,6 +27,7 @@ from quantempo.engines.onnx_graph import OnnxGraph
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.saturation import SaturationNotice, unsafe_reason
 from quantempo.engines.simulation import SimulatedNotice, simulation_notice
+from quantempo.engines.targets import require_version, target
 from quantempo.errors import EngineError, MissingExtra, nearest
 
 _TYPES = {
@@ -81,11 +82,12 @@ def open_engine(graph: Path, options: EngineOptions) -> OrtEngine:
     the folder of the original.
 
     Raises:
-        EngineError: ONNX Runtime refuses the graph (in its own words), or an option is unknown.
+        EngineError: ONNX Runtime refuses the graph (in its own words), an option is unknown, or the library is outside
+            the range of the target `cpu`.
         UnsafePath: the graph refers to weights outside its folder, or through a link.
         MissingExtra: onnxruntime is not installed.
     """
-    library()
+    require_version(target("cpu"), version())
     if not graph.is_file():
         raise EngineError(
             f"{graph}", found="no such file", wanted="an ONNX graph file", cause="a wrong path",

@@ -185,7 +185,9 @@ def saturation(subject: Subject) -> Iterator[Finding]:
     for tensor, low, high in saturating_weights(subject.graph, integers):
         yield Finding(
             "refused", "saturation", tensor.name, f"weights of {low} to {high}: {integers.reason}",
-            "compile for this CPU (7-bit weights), or open the graph in the precise mode, which is slower",
+            f"compile with --target {subject.target.name} on such a CPU ({integers.weight_bits}-bit weights); "
+            + ("or run it as it is: ONNX Runtime is then put into its precise mode, which is slower"
+               if subject.on("ort") else "or run it with the engine 'ort', which has a precise mode"),
         )
 
 

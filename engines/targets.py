@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from quantempo.engines.cpu import CpuFeatures, IntegerTypes, cpu_features, integer_types
-from quantempo.errors import PlanError, RequestError, nearest
+from quantempo.errors import EngineError, PlanError, RequestError, nearest
 
 Backend = Literal["ort", "openvino", "tensorrt", "tensorrt_rtx"]
 NumberFormat = Literal["int8", "int8-weights", "int4-weights", "fp8", "nvfp4", "float16", "bfloat16", "float32"]
@@ -22,7 +22,7 @@ FloatType = Literal["float32", "float16", "bfloat16"]
 SHORT: dict[FloatType, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Float types in the names of graphs, `VARIANT.DIALECT-TYPE`."""
 
-_TENSOR_CORES = IntegerTypes("int8", 8, True, False, "integer cores add into 32 bits")
+_TENSOR_CORES = IntegerTypes(8, True, "integer cores add into 32 bits")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Target:
         library: the library's name.
         versions: from (inclusive) and to (exclusive); an empty end is open.
         capability: CUDA compute capability; empty for a CPU.
-        integers: how integers are stored.
+        integers: what its integer products take without loss; `compile --target` stores weights accordingly.
         known_bad: see there.
         notes: one sentence each.
     """
@@ -244,11 +244,7 @@ def target(name: str, cpu: CpuFeatures | None = None) -> Target:
         )
     if known.capability:
         return known
-    integers = integer_types(cpu or cpu_features())
-    if known.backend == "openvino":
-        # The portable dialect stores S8; OpenVINO chooses the kernel's types itself.
-        integers = replace(integers, activation="int8", precise_mode=False)
-    return replace(known, integers=integers)
+    return replace(known, integers=integer_types(cpu or cpu_features()))
 
 
 def require_format(profile: Target, wanted: NumberFormat) -> None:
@@ -270,6 +266,23 @@ def version_fits(profile: Target, version: str) -> bool:
     low, high = profile.versions
     found = parse_version(version)
     return (not low or found >= parse_version(low)) and (not high or found < parse_version(high))
+
+
+def require_version(profile: Target, installed: str) -> None:
+    """Refuse a library outside a profile's range.
+
+    Raises:
+        EngineError: with the range.
+    """
+    if not version_fits(profile, installed):
+        low, high = profile.versions
+        package = profile.library.replace("_", "-")
+        raise EngineError(
+            f"target {profile.name!r}", found=f"{profile.library} {installed}",
+            wanted=f"{profile.library} from {low or 'any'}{f' to below {high}' if high else ' on'}",
+            cause="this range was tried or is documented; outside it graphs may not open, or compute wrongly",
+            remedy=f"install a version of the range, e.g.: pip install '{package}>={low}{f',<{high}' if high else ''}'",
+        )
 
 
 def parse_version(version: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from quantempo.engines.cuda_device import CudaDevice
 from quantempo.engines.onnx_reader import read_graph
 from quantempo.engines.plan_store import pack, weight_sources
 from quantempo.engines.shapes import symbols
-from quantempo.engines.targets import SHORT, Target, require_format, target, version_fits
+from quantempo.engines.targets import SHORT, Target, require_format, require_version, target
 from quantempo.engines.tensorrt import BuildJob, Built, capabilities, version
 from quantempo.engines.trt_profiles import Profile, Range, complete, input_shapes, parse_profile, require_known
 from quantempo.engines.trt_record import (
@@ -126,7 +126,7 @@ def build_bundle(bundle: Path, options: BuildOptions, progress: Progress | None 
     graphs = choose_graphs(opened.manifest, profile, options.graphs)
     library: Library = "tensorrt_rtx" if profile.backend == "tensorrt_rtx" else "tensorrt"
     installed = version(library)
-    _require_version(profile, installed)
+    require_version(profile, installed)
     capability, device = _device(profile)
     jobs = _jobs(opened, graphs, profile, options, asked, library)
     folder = opened.root / FOLDER / profile.name
@@ -176,18 +176,6 @@ def _require_flags(profile: Target, options: BuildOptions) -> None:
             f"target {profile.name!r}", found="--version-compatible", wanted="no such promise",
             cause="plans of TensorRT for RTX load in the release that built them alone",
             remedy="leave the option out, and build again after an update",
-        )
-
-
-def _require_version(profile: Target, installed: str) -> None:
-    if not version_fits(profile, installed):
-        low, high = profile.versions
-        package = profile.library.replace("_", "-")
-        raise EngineError(
-            f"target {profile.name!r}", found=f"{profile.library} {installed}",
-            wanted=f"{profile.library} from {low or 'any'} to below {high or 'any'}",
-            cause="this range was tried or is documented for the device; outside it graphs may build wrongly",
-            remedy=f"install a version of the range, e.g.: pip install '{package}>={low},<{high}'",
         )
 
 

@@ -68,6 +68,9 @@ def sample(
     scheduler: Annotated[Path | None, typer.Option(help="Another scheduler (needs the compile extra).")] = None,
     cache: Annotated[str, typer.Option(help="Feature caching: auto, none, or plan to refuse without one.")] = "auto",
     engine: Engine = "ort",
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, a setting of the engine, e.g. precision=bf16; repeatable.")
+    ] = None,
     threads: Threads = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -79,7 +82,8 @@ def sample(
 
     _refuse_existing(out, overwrite)
     latent = out.suffix == ".npy"
-    session = quantempo.load(bundle, engine=engine, threads=threads, feature_cache=cache)
+    settings = _settings(engine_option or [])
+    session = quantempo.load(bundle, engine=engine, threads=threads, feature_cache=cache, settings=settings)
     names = [_label(name) for name in label or [] for _ in range(count)]
     arrays: dict[str, Any] = {name: np.repeat(rows, count, axis=0) for name, rows in _arrays(inputs).items()}
     program = _traced(scheduler, steps or session.manifest.programs.default_steps) if scheduler else None
@@ -160,6 +164,14 @@ def _arrays(path: Path | None) -> Mapping[str, NDArray[Any]]:
     from quantempo.stages.conditioning import read_arrays
 
     return {} if path is None else read_arrays(path, "inputs")
+
+
+def _settings(pairs: list[str]) -> dict[str, str]:
+    """`NAME=VALUE`, as typed."""
+    for pair in pairs:
+        if not pair.partition("=")[1] or not pair.partition("=")[0]:
+            raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--engine-option")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _label(word: str) -> int | str:

@@ -17,6 +17,7 @@ from quantempo.engines.cache import EngineCache, KeyParts
 from quantempo.engines.cpu import cpu_features
 from quantempo.engines.guard import Choice, Timing, Variant, library_versions, pick_fastest
 from quantempo.engines.registry import installed_backends, open_engine
+from quantempo.engines.saturation import unsafe_reason
 from quantempo.errors import EngineError, RequestError
 from quantempo.runtime.bundle import OpenBundle
 
@@ -24,6 +25,10 @@ ROWS = 2
 """Rows of the timed call: one guided sample."""
 FAKE = ("echo",)
 """Backends that no model runs on."""
+SATURATES = ("openvino",)
+"""Backends that compute on the CPU and have no mode that avoids saturation."""
+NARROW = {"precision": "auto"}
+"""The setting of `auto` that lets float types be measured too."""
 KIND = "choice"
 """What the cache key calls a remembered choice instead of a backend."""
 
@@ -69,12 +74,13 @@ def choose_engine(
     """Time the installed engines in alternation on this bundle and take the fastest.
 
     The verdict is kept in the engine cache, by bundle, CPU, library versions and threads; a later call measures again
-    only where one of them changed.
+    only where one of them changed.  An engine on which the bundle's integers would saturate on this CPU is passed over.
 
     Args:
         bundle: verified.
         threads: engine threads.
-        settings: not allowed here: a setting belongs to one engine.
+        settings: `precision=auto` also times engines with the narrowest float type of this CPU for what is not
+            quantized, which costs fidelity; other settings are not allowed here: a setting belongs to one engine.
         cache: see `quantempo.devices.opening.cache_folder`.
         timing: see there.
 
@@ -82,15 +88,17 @@ def choose_engine(
         EngineError: no engine runs the bundle.
         RequestError: settings were given.
     """
-    if settings:
+    narrow = dict(settings or {}) == NARROW
+    if settings and not narrow:
+        shown = ", ".join(f"{name}={value}" for name, value in sorted(settings.items()))
         raise RequestError(
-            "engine 'auto'", found=f"settings {', '.join(sorted(settings))}", wanted="no settings",
+            "engine 'auto'", found=f"settings {shown}", wanted="no settings, or precision=auto",
             cause="a setting belongs to one engine", remedy=f"name the engine: {' or '.join(candidates())}",
         )
-    parts = choice_key(bundle, threads)
+    parts = choice_key(bundle, threads, narrow)
 
     def measured() -> bytes:
-        return canonical_json(_measure(bundle, threads, cache, timing)).encode()
+        return canonical_json(_measure(bundle, threads, cache, timing, narrow)).encode()
 
     folder = cache_folder(cache)
     text = EngineCache(folder).get_or_build(parts, measured) if folder is not None else measured()
@@ -99,20 +107,28 @@ def choose_engine(
 
 def engine_named(name: str, bundle: OpenBundle, threads: int = 0) -> str:
     """The backend that a name stands for: itself, or the fastest one for `auto`."""
-    return choose_engine(bundle, threads=threads).label if name == AUTO else name
+    return chosen(choose_engine(bundle, threads=threads))[0] if name == AUTO else name
 
 
-def choice_key(bundle: OpenBundle, threads: int) -> KeyParts:
-    """What a remembered choice depends on."""
+def chosen(choice: Choice) -> tuple[str, dict[str, str]]:
+    """Backend and settings of the fastest candidate."""
+    name, *pairs = choice.label.split(" ")
+    return name, dict(pair.split("=", 1) for pair in pairs)
+
+
+def choice_key(bundle: OpenBundle, threads: int, narrow: bool = False) -> KeyParts:
+    """What a remembered choice depends on; `narrow` as `precision=auto` of `choose_engine`."""
     versions = library_versions(*candidates())
     return KeyParts(
         graph=bundle.digest, backend=KIND, device=cpu_features().fingerprint,
         version=", ".join(f"{name} {number}" for name, number in versions.items()),
-        flags={"threads": str(threads), "rows": str(ROWS)},
+        flags={"threads": str(threads), "rows": str(ROWS), **(NARROW if narrow else {})},
     )
 
 
-def _measure(bundle: OpenBundle, threads: int, cache: bool | str | Path, timing: Timing | None) -> Choice:
+def _measure(
+    bundle: OpenBundle, threads: int, cache: bool | str | Path, timing: Timing | None, narrow: bool
+) -> Choice:
     variants = []
     reasons = []
     for name in candidates():
@@ -121,10 +137,11 @@ def _measure(bundle: OpenBundle, threads: int, cache: bool | str | Path, timing:
         except RequestError as error:
             reasons.append(str(error).split("\n")[0])
             continue
-        variants.append(
-            Variant(name, name, _opener(name, bundle.path(entry.file), threads, cache),
-                    example_feeds(bundle.manifest.denoiser, entry))
-        )
+        feeds = example_feeds(bundle.manifest.denoiser, entry)
+        for settings in ({}, *(_narrow_settings(name) if narrow else ())):
+            label = " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
+            opener = _opener(name, bundle.path(entry.file), threads, cache, settings)
+            variants.append(Variant(label, name, opener, feeds))
     if not variants:
         raise EngineError(
             "choice of an engine", found="; ".join(reasons) or "no installed engine", wanted="an engine for the bundle",
@@ -133,8 +150,24 @@ def _measure(bundle: OpenBundle, threads: int, cache: bool | str | Path, timing:
     return pick_fastest(variants, timing)
 
 
-def _opener(name: str, graph: Path, threads: int, cache: bool | str | Path) -> Any:
+def _narrow_settings(name: str) -> tuple[dict[str, str], ...]:
+    """Further settings to time: the float type that the CPU computes natively, where the engine takes one."""
+    if name != "openvino":
+        return ()
+    from quantempo.engines.openvino import native_precision
+
+    kind = native_precision()
+    return ({"precision": kind},) if kind != "f32" else ()
+
+
+def _opener(name: str, graph: Path, threads: int, cache: bool | str | Path, settings: Mapping[str, str]) -> Any:
     def opened() -> Engine:
-        return open_engine(name, graph, engine_options(name, threads, cache=cache))
+        reason = unsafe_reason(graph, cpu_features()) if name in SATURATES else ""
+        if reason:
+            raise EngineError(
+                f"engine {name!r} on this CPU", found=reason, wanted="integers that it multiplies without loss",
+                cause="the engine has no mode that avoids saturation", remedy="use the engine 'ort'",
+            )
+        return open_engine(name, graph, engine_options(name, threads, settings, cache))
 
     return opened

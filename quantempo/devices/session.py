@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantempo.contracts.engine import Engine, EngineOptions
-from quantempo.devices.choosing import choose_engine
+from quantempo.devices.choosing import choose_engine, chosen
 from quantempo.devices.opening import AUTO, bundle_dialect, engine_options, trim
 from quantempo.engines.registry import open_engine
 from quantempo.runtime.bundle import read_bundle
@@ -24,9 +24,9 @@ def open_session(
 ) -> Session:
     """Open a bundle; see `quantempo.load`."""
     bundle = read_bundle(path)
-    if engine == AUTO:
-        engine = choose_engine(bundle, threads=threads, settings=settings, cache=cache).label
     given_settings = dict(settings or {})
+    if engine == AUTO:
+        engine, given_settings = chosen(choose_engine(bundle, threads=threads, settings=settings, cache=cache))
     if engine == "ort" and bundle.manifest.cache is not None:
         # The variants run in turns, so the activations of all can lie in the same memory.
         given_settings.setdefault("arena", "shared")

@@ -19,6 +19,7 @@ from quantempo.contracts.manifest import Decoder, Denoiser, PinnedInput
 from quantempo.contracts.plan import QuantPlan
 from quantempo.contracts.program import StepProgram, check_program
 from quantempo.engines.registry import open_engine
+from quantempo.engines.targets import target
 from quantempo.errors import ExportError, PlanError, RequestError
 from quantempo.progress import Advance, counted
 from quantempo.recipe import Recipe
@@ -335,7 +336,7 @@ def plan_stage(
     given = None if plan_file is None else read_plan(plan_file, exported)
     options = PlanOptions(
         keep=(*recipe.keep, *recipe.exclude), rules=recipe.rules, activation_bits=recipe.activation_bits,
-        centre=recipe.centre,
+        weight_bits=_weight_bits(recipe), centre=recipe.centre,
     )
 
     def make(folder: Path, advance: Advance) -> None:
@@ -356,10 +357,22 @@ def plan_stage(
     }
     if unfolds:
         settings["dialects"] = [DIALECT]
+    if options.weight_bits != 8:
+        settings["weight bits"] = options.weight_bits
     result = store.run("plan", {**inputs, **settings}, make)
     plan = from_data(QuantPlan, _read(result.path(PLAN)), PLAN)
     taps = from_data(Taps, _read(result.path(TAPS)), TAPS)
     return plan, replace(taps, ranges=ranged_tensors(exported.graph, recipe.precision))
+
+
+def _weight_bits(recipe: Recipe) -> int:
+    """8, or what the integer products of all targets take without saturating: 7 for `cpu` on one without VNNI.
+
+    Only a target that was named decides: without one, a bundle is the same on whatever machine it is compiled.
+    """
+    if recipe.precision == "fp8":
+        return 8
+    return min((target(name).integers.weight_bits for name in recipe.targets), default=8)
 
 
 def read_plan(path: Path, exported: Exported) -> QuantPlan:

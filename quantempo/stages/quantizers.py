@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.partition import Evidence, choose_partition
-from quantempo.calib.tables import build_table
+from quantempo.calib.ranges import SCALE_FLOOR
+from quantempo.calib.tables import build_table, floored
 from quantempo.contracts.codec import canonical_json, digest, from_data, parse_json, to_data
 from quantempo.contracts.partition import Partition
 from quantempo.contracts.plan import QuantPlan
@@ -69,7 +71,27 @@ def scales_stage(
     }, make)  # fmt: skip
     where = result.path(PARTITION)
     partition = from_data(Partition, parse_json(where.read_bytes(), str(where)), str(where))
-    return ScaleTable.from_arrays(partition, map_tensors(result.path(TABLES))), result
+    table = ScaleTable.from_arrays(partition, map_tensors(result.path(TABLES)))
+    say_floored(table)
+    return table, result
+
+
+class ScaleFloored(UserWarning):
+    """An activation was zero throughout calibration: there is no range to take a scale from."""
+
+
+def say_floored(table: ScaleTable) -> None:
+    """Warn where tensors have the least scale; also for a table that an earlier compile made."""
+    found = floored(table)
+    if found:
+        first, groups = next(iter(found.items()))
+        warnings.warn(
+            f"{len(found)} of {len(table.tensors)} quantized tensors were zero throughout calibration in some group, "
+            f"such as {first} in {groups} of {table.partition.groups}: their scale is the least one, {SCALE_FLOOR:g}, "
+            "and any other value would be clipped to zero; calibrate on inputs that reach them, or keep their layers "
+            "in float",
+            ScaleFloored, stacklevel=3,
+        )
 
 
 def weights_stage(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quantempo.calib.ranges import METHODS, quantizer_for
-from quantempo.calib.tables import build_table, cells_by_tensor, group_stats
+from quantempo.calib.tables import build_table, cells_by_tensor, floored, group_stats
 from quantempo.contracts.partition import Partition
 from quantempo.contracts.stats import StatsKey, TensorStats
 from quantempo.errors import CalibrationError, RequestError, ScaleMissing
@@ -118,3 +118,11 @@ def test_a_method_that_clips_clips_centred_values_by_the_same_share() -> None:
 def test_centring_needs_the_ranges_of_channels() -> None:
     with pytest.raises(ScaleMissing, match="tensor 'x': found no ranges of its channels"):
         build_table(STATS, PARTITION, "minmax", {"x": 8}, centred=["x"])
+
+
+def test_tensors_that_were_zero_throughout_are_named_with_their_groups() -> None:
+    dead = {StatsKey("full", "d", key, ""): TensorStats.of(np.zeros(8, np.float32)) for key in (0.0, 50.0)}
+    alive = {StatsKey("full", "d", 100.0, ""): TensorStats.of(np.ones(8, np.float32))}
+    table = build_table({**STATS, **dead, **alive}, PARTITION, "minmax", {"x": 8, "y": 8, "d": 8})
+    assert floored(table) == {"d": 2}
+    assert floored(build_table(STATS, PARTITION, "minmax", {"x": 8, "y": 8})) == {}

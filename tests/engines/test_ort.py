@@ -235,3 +235,17 @@ def test_graphs_that_share_an_arena_compute_what_they_compute_alone(tmp_path: Pa
         wanted = own.run(feeds(rows))["y"]
         for engine in shared:
             np.testing.assert_array_equal(engine.run(feeds(rows))["y"], wanted)
+
+
+@pytest.mark.parametrize(("backend", "version", "wanted"), [
+    ("ort", "1.22.1", r"onnxruntime from 1\.23 to below 2"), ("ort", "2.0.0", r"onnxruntime from 1\.23 to below 2"),
+    ("openvino", "2024.6.0-123", r"openvino from 2025\.0 on"),
+])  # fmt: skip
+def test_a_library_outside_the_range_is_refused_when_a_graph_is_opened(
+    backend: str, version: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip(f"quantempo.engines.{backend}")
+    pytest.importorskip("onnxruntime" if backend == "ort" else "openvino")
+    monkeypatch.setattr(module, "version", lambda: version)
+    with pytest.raises(EngineError, match=rf"(?s)found \w+ {version}, wanted {wanted}.*pip install"):
+        open_engine(backend, mlp(tmp_path), ONE)

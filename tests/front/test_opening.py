@@ -10,15 +10,17 @@ import pytest
 
 import quantempo
 from quantempo.devices import choosing
-from quantempo.devices.choosing import candidates, choose_engine, example_feeds
+from quantempo.devices.choosing import candidates, choose_engine, chosen, example_feeds
 from quantempo.devices.opening import bundle_dialect, cache_folder, denoiser_graph, trim
-from quantempo.engines import ort
+from quantempo.engines import openvino, ort
 from quantempo.engines.cache import EngineCache
+from quantempo.engines.cpu import CpuFeatures
 from quantempo.engines.guard import Choice, Timed, Timing
 from quantempo.errors import EngineError, RequestError
 from quantempo.runtime.bundle import OpenBundle
 
 CALL = {"class_labels": [3], "seed": 5, "num_inference_steps": 3, "guidance_scale": 1.5, "output_type": "np"}
+NEEDS_OPENVINO = pytest.mark.skipif("openvino" not in candidates(), reason="openvino is not installed")
 QUICK = Timing(rounds=1, warmup=1, sample_s=0.001)
 
 
@@ -144,9 +146,44 @@ def test_auto_runs_the_engine_that_won(
         np.testing.assert_array_equal(session(**CALL).images, automatic)
 
 
-def test_auto_takes_no_settings(dit_bundle: OpenBundle) -> None:
-    with pytest.raises(RequestError, match=r"engine 'auto': found settings precision, wanted no settings"):
+def test_auto_takes_no_settings_but_that_types_are_measured(dit_bundle: OpenBundle) -> None:
+    words = r"engine 'auto': found settings precision=f32, wanted no settings, or precision=auto"
+    with pytest.raises(RequestError, match=words):
         quantempo.load(dit_bundle.root, engine="auto", settings={"precision": "f32"})
+
+
+@NEEDS_OPENVINO
+def test_auto_measures_float_types_only_where_that_was_asked_for(
+    dit_bundle: OpenBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 costs fidelity, so it never wins by speed alone unless the caller wants that."""
+    monkeypatch.setattr(openvino, "native_precision", lambda: "bf16")
+    monkeypatch.setattr(choosing, "candidates", lambda: ("ort", "openvino"))
+    timed: list[list[str]] = []
+
+    def pick(variants: Any, timing: Any) -> Choice:
+        timed.append([variant.label for variant in variants])
+        return Choice(timed[-1][-1], (Timed(timed[-1][-1], "openvino", 1.0),))
+
+    monkeypatch.setattr(choosing, "pick_fastest", pick)
+    assert chosen(choose_engine(dit_bundle, cache=tmp_path / "c")) == ("openvino", {})
+    asked = {"precision": "auto"}
+    found = choose_engine(dit_bundle, settings=asked, cache=tmp_path / "c")
+    assert chosen(found) == ("openvino", {"precision": "bf16"})
+    assert [label for label in timed[1] if label not in timed[0]] == ["openvino precision=bf16"]
+    with quantempo.load(dit_bundle.root, engine="auto", settings=asked, cache=tmp_path / "c") as session:
+        assert session._options.settings["precision"] == "bf16"
+
+
+@NEEDS_OPENVINO
+def test_auto_passes_over_an_engine_that_would_saturate(
+    dit_bundle: OpenBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "cpu_features", lambda: CpuFeatures("x86", ("avx2",)))
+    found = choose_engine(dit_bundle, threads=1, cache=tmp_path / "c", timing=QUICK)
+    assert found.label == "ort"
+    (refused,) = (item for item in found.timed if item.label == "openvino")
+    assert "without VNNI" in refused.refused
 
 
 def test_openvino_compiles_once_per_size(

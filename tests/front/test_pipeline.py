@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,26 @@ from safetensors.numpy import load_file
 from support import tiny_models
 
 import quantempo
+from quantempo.calib.ranges import SCALE_FLOOR
 from quantempo.contracts.codec import canonical_json, from_data, parse_json
 from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.manifest import MANIFEST_NAME
 from quantempo.contracts.plan import Keep, Quantize, QuantPlan, Share
+from quantempo.engines import targets as engine_targets
+from quantempo.engines.cpu import CpuFeatures
 from quantempo.engines.ort import executed_operators
 from quantempo.engines.registry import open_engine
+from quantempo.engines.saturation import unsafe_reason
 from quantempo.errors import OutputExists, PlanError, RequestError
+from quantempo.export.graph_files import load_graph
+from quantempo.export.weights import stored_weights
 from quantempo.inspection import STATISTICS, load_plan
 from quantempo.pipeline import compile_model
 from quantempo.quality import sqnr_db
 from quantempo.recipe import Recipe
 from quantempo.runtime.bundle import OpenBundle, read_bundle
+from quantempo.stages import quantizers
+from quantempo.stages.quantizers import ScaleFloored
 
 BUNDLES = ["dit_bundle", "unet_bundle"]
 CENTRE = "transformer_blocks.0.attn1.to_q"
@@ -333,6 +342,33 @@ def test_fewer_activation_bits_are_simulated_and_cost_accuracy(
     reference = predict(read_bundle(dit_bundle.root / "reference"), "float", None)
     eight, six = (sqnr_db(predict(b, "ort", 1), reference) for b in (dit_bundle, coarse))
     assert six < eight - 4, f"{six:.1f} dB at 6 bits, {eight:.1f} at 8"
+
+
+@pytest.mark.parametrize(("targets", "highest"), [(("cpu",), 63), (("openvino", "rtx-ada"), 63), ((), 127)])
+def test_a_named_cpu_without_vnni_gets_weights_that_cannot_saturate(
+    compile_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...], highest: int
+) -> None:
+    monkeypatch.setattr(engine_targets, "cpu_features", lambda: CpuFeatures("x86", ("avx2",)))
+    bundle = compile_tiny(tmp_path / "b", targets=targets).bundle
+    weights = stored_weights(load_graph(graph_file(bundle)), plan_of(bundle))
+    values = np.concatenate([np.abs(w.values.astype(np.int16)).ravel() for w in weights.values()])
+    assert values.max() == highest
+    assert bool(unsafe_reason(graph_file(bundle), CpuFeatures("x86", ("avx2",)))) == (highest > 63)
+
+
+def test_activations_that_are_always_zero_are_reported(dit_bundle: OpenBundle) -> None:
+    table = dit_bundle.scale_table()
+    assert table is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScaleFloored)
+        quantizers.say_floored(table)
+    name = next(iter(table.tensors))
+    least = np.full(table.partition.groups, SCALE_FLOOR, np.float32)
+    dead = dataclasses.replace(
+        table, tensors={**table.tensors, name: dataclasses.replace(table.tensors[name], scale=least)}
+    )
+    with pytest.warns(ScaleFloored, match=r"1 of \d+ quantized tensors were zero throughout .*least one, 1e-12"):
+        quantizers.say_floored(dead)
 
 
 def test_a_float_bundle_has_no_scales_and_no_plan(compile_tiny: Any, dit_bundle: OpenBundle, tmp_path: Path) -> None:
