@@ -131,7 +131,9 @@ def attempts(place: Path, name: str, tries: Sequence[Sequence[str]]) -> dict[str
         set_file = tries[-1][-1] if "--calib-set" in tries[-1] else None
         arrays = ["--inputs", set_file] if set_file else []
         label = [] if set_file else ["--class", "3"]
-        check(run(place, "sample", f"{name}-bundle", *label, *arrays, "--seed", "0", "--steps", "10", "-o", "x.npy"))
+        check(run(
+            place, "sample", f"{name}-bundle", *label, *arrays, "--seed", "0", "--steps", "10", "-o", f"{name}.npy"
+        ))  # fmt: skip
         check(run(place, "report", f"{name}-bundle", *arrays, "--samples", "4", "--steps", "10", "--worst", "0"))
         data = json.loads((place / f"{name}-bundle" / "report" / "report.json").read_text())
         report = {"psnr_db": round(data["quality"]["by_guidance"][0]["groups"]["psnr_db"], 2)}

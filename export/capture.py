@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +13,7 @@ from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import BatchLoop, ExportError
 from quantempo.export.decompositions import decompose
 from quantempo.export.families.base import Flat
+from quantempo.export.messages import first_line, quiet
 
 OPSET = 21
 """The first with native GroupNormalization and the last before attention becomes one operator."""
@@ -92,32 +88,3 @@ def _dynamic_shapes(wrapper: nn.Module, inputs: Sequence[TensorSpec]) -> Any:
     )
     # The tensors of a flat denoiser are one variadic parameter.
     return (each,) if isinstance(wrapper, Flat) else each
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, cut to a readable length; of the innermost error where one caused another."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No notes of the exporter on the user's terminal; errors still are raised."""
-    names = (
-        "torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "diffusers", "onnx_ir", "onnxscript"
-    )  # fmt: skip
-    levels = {name: logging.getLogger(name).level for name in names}
-    with (
-        Path(os.devnull).open("w") as sink, warnings.catch_warnings(), contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-    ):
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)

@@ -24,7 +24,7 @@ from torch import nn
 from quantempo.contracts.plan import Site
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.errors import BatchLoop, ExportError
-from quantempo.export.capture import capture, first_line, quiet
+from quantempo.export.capture import capture
 from quantempo.export.classes import find_class, make
 from quantempo.export.dense_experts import dense_experts
 from quantempo.export.families import Family, family_of
@@ -32,6 +32,7 @@ from quantempo.export.families.adapters import load_adapters
 from quantempo.export.families.base import single
 from quantempo.export.families.unet2d_condition import CONTROL_CLASS, ControlledUNet
 from quantempo.export.flex_attention import plain_flex_attention
+from quantempo.export.messages import first_line, quiet
 from quantempo.export.passes import normal_form, run_passes
 from quantempo.export.sites import find_sites
 from quantempo.export.source import ModelSource, weight_files

@@ -21,7 +21,6 @@ from torch import nn
 
 from quantempo.contracts.manifest import ArrayInput, ClassInput
 from quantempo.errors import UnsupportedModel
-from quantempo.export.capture import first_line, quiet
 from quantempo.export.classes import make, whole_config
 from quantempo.export.families.base import (
     SAMPLE,
@@ -32,6 +31,7 @@ from quantempo.export.families.base import (
     Feeds,
 )
 from quantempo.export.families.conventions import Convention, convention_of
+from quantempo.export.messages import first_line, quiet
 
 logger = logging.getLogger(__name__)
 SAMPLE_ARGUMENTS = ("sample", "hidden_states", "latents", "x")

@@ -17,6 +17,7 @@ class Call(torch.nn.Module):
         super().__init__()
         self.function = function
         self.table = torch.polar(torch.ones(4), torch.arange(4.0))
+        self.register_buffer("places", torch.arange(1.0, 6.0), persistent=False)
 
     def forward(self, x, mask):
         return (self.function(self, x, mask),)
@@ -85,7 +86,17 @@ def in_portions(self, x, mask):
     return torch.cat([portion * 2 for portion in torch.split(x.reshape(-1, 1), 1000)]).view(x.shape[0], 8)
 
 
+def copied_into_data(self, x, mask):
+    """A table made in forward, filled past autograd: where places come from, in CogVideoX."""
+    places = torch.zeros(1, 8)
+    places.data[:, 3:].copy_(self.places)
+    later = torch.zeros_like(places)
+    later.data.copy_(places * 2)
+    return x * places + later + x.new_zeros(x.shape[0], 8)
+
+
 CASES = {
+    "copies into the data of a constant": copied_into_data,
     "split of the batch": in_portions,
     "root of whole numbers": lambda self, x, mask: x * mask.sum(1, keepdim=True).sqrt(),
     "assignment where a mask says": assigned,
