@@ -14,6 +14,7 @@ from quantempo.errors import BatchLoop, ExportError
 from quantempo.export.decompositions import decompose
 from quantempo.export.families.base import Flat
 from quantempo.export.messages import first_line, quiet
+from quantempo.export.tracked_data import TrackedData
 
 OPSET = 21
 """The first with native GroupNormalization and the last before attention becomes one operator."""
@@ -31,9 +32,10 @@ def capture(
     """
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(
-                wrapper, args, dynamic_shapes=_dynamic_shapes(wrapper, inputs), strict=False
-            )
+            with TrackedData():
+                program = torch.export.export(
+                    wrapper, args, dynamic_shapes=_dynamic_shapes(wrapper, inputs), strict=False
+                )
             decompose(program)
             export: Any = torch.onnx.export
             translated = export(

@@ -120,6 +120,15 @@ def _index_put(node: Node, build: Builder) -> Node | None:
     return _index(node, build) if made is None else made
 
 
+def _copy(node: Node, build: Builder) -> Node | None:
+    """`copy_` of less than there is: torch repeats it, its translation does not."""
+    target, source, *more = node.args
+    wanted = value_of(target).shape
+    if value_of(source).shape == wanted:
+        return None
+    return build(aten.copy_.default, target, build(aten.expand.default, source, list(wanted)), *more)
+
+
 def _sqrt(node: Node, build: Builder) -> Node | None:
     """Torch takes roots of whole numbers; no engine has a kernel for them."""
     if value_of(node.args[0]).dtype.is_floating_point:
@@ -182,6 +191,7 @@ RULES: Mapping[Any, Rewrite] = {
     aten.index.Tensor: _index,
     aten.index_put.default: _index_put,
     aten.index_put_.default: _index_put,
+    aten.copy_.default: _copy,
     aten.einsum.default: _einsum,
     aten.sqrt.default: _sqrt,
     operator.getitem: _item,
