@@ -150,6 +150,16 @@ def cut_variants(
     return VariantSet(variants, features)
 
 
+def consumed(model: ir.Model, cut: Cut) -> bool:
+    """Whether a correction of products has something to correct: one product alone reads a cached feature.
+
+    Raises:
+        ExportError: the cut does not fit the graph.
+    """
+    flow = Flow(model)
+    return any(_feature(flow, point, feature_name(0)).product for point in _points(model, flow, cut, "cut"))
+
+
 def branch_cut(model: ir.Model, index: int) -> FeatureCut:
     """The cut of a long-skip model at one of its branches.
 

@@ -105,6 +105,11 @@ class HostArithmetic:
         self._batch = combine.batch
         self._combined: Float32s = np.empty(registers.shape, np.float32)
 
+    @property
+    def registers(self) -> Registers:
+        """All registers of the run."""
+        return self._registers
+
     def start(self, state: Sequence[State], latents: Float32s | None) -> None:
         """See `Arithmetic.start`."""
         for index, each in enumerate(state):

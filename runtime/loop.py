@@ -26,10 +26,11 @@ from quantempo.contracts.partition import Partition
 from quantempo.contracts.program import INDICATOR, Call, Decide, StepProgram
 from quantempo.contracts.variants import Variant, Vectors, check_variants
 from quantempo.errors import EngineError, RequestError
-from quantempo.runtime.arithmetic import plan_arithmetic
+from quantempo.runtime.arithmetic import HostArithmetic, plan_arithmetic
 from quantempo.runtime.feature_cache import Decisions, chunks
 from quantempo.runtime.guidance import Combine, Mode, Rows, plan_rows
 from quantempo.runtime.lanes import Lane, Lanes, Model
+from quantempo.runtime.registers import Registers
 from quantempo.runtime.rng import NoiseSource
 
 Float32s = NDArray[np.float32]
@@ -68,6 +69,10 @@ Observer = Callable[[Observation, Mapping[str, Buffer]], None]
 StepCallback = Callable[[int, float, Float32s], "Float32s | None"]
 """Called after each step with its index, its first call's timestep and a copy of the latents; may return new ones."""
 
+PredictionHook = Callable[[int, Registers, NoiseSource], None]
+"""Called with each call's index, all registers and the run's noise, when the prediction is combined and before the
+call's operations run; it may overwrite the prediction."""
+
 
 @dataclass(frozen=True, eq=False)
 class LoopRequest:
@@ -85,6 +90,8 @@ class LoopRequest:
         seeds: one per sample, for the observer.
         observer: sees each engine call.
         on_step: sees and may replace the latents after each step.
+        on_prediction: sees the registers, and may overwrite the prediction, before each call's operations; for engines
+            whose registers are host memory.
     """
 
     batch: int
@@ -97,6 +104,7 @@ class LoopRequest:
     seeds: Sequence[int] = ()
     observer: Observer | None = None
     on_step: StepCallback | None = None
+    on_prediction: PredictionHook | None = None
 
 
 @dataclass
@@ -220,6 +228,14 @@ class _Run:
         self._exchanging = {name for name, v in model.variants.items() if v.reads or v.writes}
         combine = Combine(request.guidance, request.rescale, shape[1:])
         self.arithmetic = plan_arithmetic(model, program, self._lanes, combine, request.noise)
+        self._registers: Registers | None = None
+        if request.on_prediction is not None:
+            if not isinstance(self.arithmetic, HostArithmetic):
+                raise EngineError(
+                    "on_prediction", found="registers in an engine's own memory", wanted="registers on the host",
+                    cause="the engine does a run's arithmetic by itself", remedy="use an engine on the CPU",
+                )
+            self._registers = self.arithmetic.registers
         self._notified = False
         self.tallies: dict[str, Tally] = {}
         self.rows = 0
@@ -256,6 +272,8 @@ class _Run:
             else:
                 self._decide(here, call.decide, lane, self._decisions[number])
         arithmetic.combine()
+        if self._registers is not None and self._request.on_prediction is not None:
+            self._request.on_prediction(index, self._registers, self._request.noise)
         for operation in call.update:
             arithmetic.apply(operation)
 

@@ -51,6 +51,12 @@ class Registers:
         """Let a register be foreign memory (the prediction is the engine's own output where no guidance runs)."""
         self._arrays[name] = array
 
+    def copied(self) -> Registers:
+        """The same registers with arrays of their own, for a look ahead."""
+        other = Registers((), self.shape, self._vectors)
+        other._arrays = {name: array.copy() for name, array in self._arrays.items()}
+        return other
+
     def lin(self, terms: Terms, out: Float32s) -> None:
         """`out = Σ coefficient · register`: float64 in the written order, rounded once to float32; empty is zero."""
         if not terms:

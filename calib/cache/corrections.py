@@ -187,6 +187,20 @@ class CorrectionFit:
         return Correction(gain.astype(np.float32), bias.astype(np.float32), before, after, chosen)
 
 
+def joined(parts: Sequence[Correction | None], channels: int) -> Correction:
+    """One correction of the rows of several that have one call each; `None` is a call that is left as it is."""
+    neutral = Correction(
+        np.ones((1, channels), np.float32), np.zeros((1, channels), np.float32), np.zeros(1), np.zeros(1),
+        np.full((1, channels), "identity"),
+    )
+    rows = [neutral if part is None else part for part in parts]
+    return Correction(
+        np.concatenate([r.gain for r in rows]), np.concatenate([r.bias for r in rows]),
+        np.concatenate([r.before for r in rows]), np.concatenate([r.after for r in rows]),
+        np.concatenate([r.chosen for r in rows]),
+    )
+
+
 def _towards(fit: tuple[Floats, Floats], step: float) -> tuple[Floats, Floats]:
     return (fit[0], fit[1]) if step == 1.0 else (1.0 + step * (fit[0] - 1.0), step * fit[1])
 

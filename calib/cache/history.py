@@ -1,9 +1,13 @@
 """Linear prediction from what a run has at hand: a correction that a step program carries out by itself.
 
 At a reusing call the program knows the prediction of the reusing graph, those of the last two refreshes, and what the
-denoiser was fed.  The float prediction is regressed on these four by least squares, with one coefficient each per call.
-Reuse as it is, is the coefficients (1, 0, 0, 0); so a fit can only gain on its own samples, and steps towards it are
-judged on held-out ones.  It costs one linear form per call and no change of a graph.
+denoiser was fed.  What the prediction should be is regressed on these four by least squares, with one coefficient each
+per call.  Reuse as it is, is the coefficients (1, 0, 0, 0); so a fit can only gain on its own samples, and steps
+towards it are judged on held-out ones.  It costs one linear form per call and no change of a graph.
+
+What it should be is for the caller to say.  The float prediction for the same input leaves all that went wrong before
+as it is; the prediction that brings the latents back to the float run's takes part of it out again, as far as it shows
+in the four.
 """
 
 from __future__ import annotations
@@ -16,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantempo.calib.cache.corrections import FOLDS, STEPS
-from quantempo.calib.cache.schedules import check_schedule
-from quantempo.contracts.program import PREDICTION, Lin, Operation, StepProgram
+from quantempo.contracts.program import PREDICTION, Lin, Operation, StepProgram, Terms
 
 Floats = NDArray[np.float64]
 LAST, BEFORE = "cache.prediction.last", "cache.prediction.before"
@@ -47,117 +50,55 @@ def identity() -> Floats:
     return first
 
 
-class _Recent:
-    """The registers of a run: predictions of the last two refreshes."""
-
-    def __init__(self, refreshes: Sequence[int]) -> None:
-        self._refreshes = frozenset(refreshes)
-        self._last: NDArray[Any] = np.empty(0)
-        self._before: NDArray[Any] = np.empty(0)
-
-    def terms(self, call: int, prediction: NDArray[Any], fed: NDArray[Any]) -> tuple[NDArray[Any], ...] | None:
-        """The four terms at a reusing call; `None` at a refresh, which is taken note of."""
-        if call not in self._refreshes:
-            return prediction, self._last, self._before, fed
-        fresh = np.array(prediction, copy=True)
-        self._before = fresh if call == 0 else self._last
-        self._last = fresh
-        return None
-
-
-class HistoryReplay:
-    """What a corrected program makes of the predictions of a run, call by call in order.
+def fit_call(
+    terms: Sequence[NDArray[Any]], wanted: NDArray[Any], samples: Sequence[int], order: int = 1,
+    steps: Sequence[float] = STEPS, folds: int = FOLDS,
+) -> tuple[Floats, float, float]:
+    """The coefficients of one call that generalise best; the identity where none of them beats it.
 
     Args:
-        correction: as in the program.
-        refreshes: the schedule.
+        terms: arrays of `TERMS`, each (rows, …).
+        wanted: what their sum should be, of the same shape.
+        samples: number of each row's sample; sample number modulo folds is the fold.
+        order: 0 leaves out the earlier refreshes, whose differences hold nothing but quantization noise.
+        steps: how far from the identity to the fit a correction may go.
+        folds: of the judgement on held-out samples.
+
+    Returns:
+        Coefficients of `TERMS`, and the mean squared errors on held-out samples without and with them.
     """
-
-    def __init__(self, correction: HistoryCorrection, refreshes: Sequence[int]) -> None:
-        self._coefficients, self._recent = correction.coefficients, _Recent(refreshes)
-
-    def __call__(self, call: int, prediction: NDArray[Any], fed: NDArray[Any]) -> NDArray[np.float32]:
-        """The corrected prediction."""
-        terms = self._recent.terms(call, prediction, fed)
-        if terms is None:
-            return prediction.astype(np.float32)
-        weighted = (c * np.asarray(term, np.float64) for c, term in zip(self._coefficients[call], terms, strict=True))
-        result: NDArray[np.float32] = np.asarray(sum(weighted)).astype(np.float32)
-        return result
-
-
-class HistoryFit:
-    """Streams second moments of the terms and the wanted prediction, per call and fold.
-
-    Args:
-        calls: of the program.
-        refreshes: the schedule; these calls are not corrected.
-        folds: see `CorrectionFit`.
-    """
-
-    def __init__(self, calls: int, refreshes: Sequence[int], folds: int = FOLDS) -> None:
-        self.calls, self.folds = calls, folds
-        self.refreshes = check_schedule(refreshes, calls)
-        size = len(TERMS) + 1
-        self._moments: Floats = np.zeros((calls, folds, size, size))
-        self._count: Floats = np.zeros((calls, folds))
-        self._recent = _Recent(self.refreshes)
-
-    def observe(
-        self, call: int, prediction: NDArray[Any], fed: NDArray[Any], wanted: NDArray[Any], samples: Sequence[int]
-    ) -> None:
-        """Add a call; those of a run come in order.
-
-        Args:
-            call: its index; 0 begins a new run.
-            prediction: of the graph that ran, after guidance, (rows, …).
-            fed: what the denoiser was fed.
-            wanted: the float prediction for the same input.
-            samples: number of each row's sample.
-        """
-        terms = self._recent.terms(call, prediction, fed)
-        if terms is None:
-            return
-        rows = np.stack([np.asarray(v, np.float64).reshape(len(wanted), -1) for v in (*terms, wanted)], axis=1)
-        folds = np.asarray(samples) % self.folds
-        for row, fold in zip(rows, folds, strict=True):
-            self._moments[call, fold] += row @ row.T
-            self._count[call, fold] += row.shape[1]
-
-    def fit(self, steps: Sequence[float] = STEPS) -> HistoryCorrection:
-        """The coefficients that generalise best; the identity where none of them beats it."""
-        coefficients = np.tile(identity(), (self.calls, 1))
-        before, after = np.zeros(self.calls), np.zeros(self.calls)
-        for call in range(self.calls):
-            used = np.flatnonzero(self._count[call])
-            if len(used) < 2:
-                continue
-            parts, count = self._moments[call][used], self._count[call].sum()
-            whole = least_squares(parts.sum(axis=0))
-            error = sum(squared_error(part, identity()) for part in parts) / count
-            before[call] = error
-            for step in steps:
-                held_out = 0.0
-                for part in parts:
-                    rest = least_squares(parts.sum(axis=0) - part)
-                    held_out += squared_error(part, identity() + step * (rest - identity()))
-                if held_out / count < error:
-                    error = held_out / count
-                    coefficients[call] = identity() + step * (whole - identity())
-            after[call] = error
-        return HistoryCorrection(coefficients, before, after)
+    rows = np.stack([np.asarray(v, np.float64).reshape(len(wanted), -1) for v in (*terms, wanted)], axis=1)
+    dealt = np.asarray(samples) % folds
+    used = [rows[dealt == fold] for fold in np.unique(dealt)]
+    parts = [np.einsum("nkp,nlp->kl", part, part) for part in used]
+    count, neutral = rows.shape[0] * rows.shape[2], identity()
+    total = sum(parts[1:], start=parts[0])
+    best, error = neutral, sum(squared_error(part, neutral) for part in parts) / count
+    before = error
+    if len(parts) > 1:
+        whole = least_squares(total, order)
+        rest = [least_squares(total - part, order) for part in parts]
+        for step in steps:
+            pairs = zip(parts, rest, strict=True)
+            held_out = sum(squared_error(part, neutral + step * (other - neutral)) for part, other in pairs) / count
+            if held_out < error:
+                best, error = neutral + step * (whole - neutral), held_out
+    return best, before, error
 
 
-def least_squares(moments: Floats) -> Floats:
-    """Least squares of the last entry on the others, ridged towards the identity."""
+def least_squares(moments: Floats, order: int = 1) -> Floats:
+    """Least squares of the last entry on the others, ridged towards the identity; order 0 uses no earlier refresh."""
     gram, cross = moments[:-1, :-1], moments[:-1, -1]
+    kept = [index for index, name in enumerate(TERMS) if order or name not in (LAST, BEFORE)]
     ridge = np.diag(RIDGE * np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
     residual = cross - gram @ identity()
-    found: Floats = identity() + np.linalg.solve(gram + ridge, residual)
+    found = identity()
+    found[kept] += np.linalg.solve((gram + ridge)[np.ix_(kept, kept)], residual[kept])
     return found
 
 
 def squared_error(moments: Floats, coefficients: Floats) -> float:
+    """Summed squared error of the last entry, as a linear form of the others."""
     extended = np.append(-coefficients, 1.0)
     return max(0.0, float(extended @ moments @ extended))
 
@@ -182,13 +123,19 @@ def correct_by_history(
             shift = Lin(BEFORE, ((PREDICTION if index == 0 else LAST, 1.0),))
             first = (shift, Lin(LAST, ((PREDICTION, 1.0),)))
         else:
-            terms = _terms(correction.coefficients[index], call.inputs[sample])
+            terms = history_terms(correction.coefficients[index], call.inputs[sample])
             first = (Lin(PREDICTION, terms),) if terms != ((PREDICTION, 1.0),) else ()
         calls.append(replace(call, update=(*first, *call.update)))
     return replace(program, calls=tuple(calls))
 
 
-def _terms(coefficients: Floats, fed: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+def history_terms(coefficients: Floats, fed: Terms) -> Terms:
+    """The linear form of one call.
+
+    Args:
+        coefficients: of `TERMS`.
+        fed: the linear form that the denoiser's sample is fed from.
+    """
     own, last, before, given = (float(c) for c in coefficients)
     found: dict[str, float] = {PREDICTION: own, LAST: last, BEFORE: before}
     for register, weight in fed:

@@ -3,29 +3,26 @@
 Two powers are compared, both relative to the power of the features: the quantization noise of the features that a
 refresh caches, and the change of the float features from that refresh to a later call.
 
-- Where the noise is at least the change, reuse as it is (order 0) is the best there is: an extrapolation over `r`
-  intervals multiplies the noise power by `(1 + r)² + r²` and has less than the noise to gain.
-- Where the change is larger, order 1 is worth it only if what it leaves, its own curvature error and the multiplied
-  noise, is below what order 0 leaves, the change and the noise.
+- Where the noise is at least the change, reuse as it is (order 0) is the best there is: what earlier refreshes could
+  add is a difference of features, which is noise there.  The history correction leaves their predictions out.
 - A refresh may serve calls as long as the change stays below the noise (reuse then costs nothing that is not lost
-  already) or below `tolerance`.  The largest such distance, the smallest over all refreshes of a schedule, caps the
-  number of consecutive reuses.
+  already) or below `TOLERANCE`.  That reach caps the number of consecutive reuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.calib.cache.schedules import FeatureChanges, check_schedule
+from quantempo.calib.cache.schedules import FeatureChanges, Schedule, check_schedule
 
 Floats = NDArray[np.float64]
-TOLERANCE = 0.1
-"""Relative change (power) that a reuse may leave, -10 dB."""
+TOLERANCE = 1.0
+"""Relative change (power) at which a cached feature tells no more about a later one than nothing at all would."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +33,13 @@ class FloorEntry:
         call, refresh: indices; the call reuses what the refresh cached.
         noise: quantization noise power of the refresh's features, relative to their power.
         change: of the float features from refresh to call, relative to the power at the call.
-        curvature: relative power of what a linear extrapolation from the two latest refreshes leaves; `None` where it
-            is unknown.
-        multiplied: the noise after that extrapolation.
-        order: 0 to reuse as it is, 1 where extrapolation is expected to be closer.
+        order: 0 to reuse as it is, 1 where earlier refreshes may help.
     """
 
     call: int
     refresh: int
     noise: float
     change: float
-    curvature: float | None
-    multiplied: float | None
     order: int
 
 
@@ -57,46 +49,66 @@ class NoiseFloor:
 
     Args:
         entries: one per reusing call.
-        max_consecutive: the cap on consecutive reuse that follows.
-        tolerance: what it was made with.
+        max_consecutive: the smallest reach of a refresh of the schedule.
     """
 
     entries: tuple[FloorEntry, ...]
     max_consecutive: int
-    tolerance: float
 
 
-def judge(
-    refreshes: Sequence[int],
-    changes: FeatureChanges,
-    noise: Sequence[float],
-    curvature: Floats | None = None,
-    tolerance: float = TOLERANCE,
-) -> NoiseFloor:
-    """Apply the rule to a schedule.
+@dataclass(frozen=True, eq=False)
+class FloorFacts:
+    """What the rule is applied to; means over the cached features.
 
     Args:
-        refreshes: the schedule.
-        changes: of the float features, observed over at least its longest group.
-        noise: per call, noise power of the quantized features relative to their power.
-        curvature: per call, squared error of the linear extrapolation from the two latest refreshes, relative to the
-            power at the call; NaN or left out where unknown.
-        tolerance: see `TOLERANCE`.
+        changes: `[a, k]`, relative power of the change of the float features from call a to call a + k.
+        noise: per call, relative noise power of the quantized features.
     """
-    schedule = check_schedule(refreshes, changes.calls)
-    relative = relative_changes(changes)
+
+    changes: Floats
+    noise: Floats
+
+    @property
+    def calls(self) -> int:
+        """Of the program."""
+        return len(self.noise)
+
+    def reach(self, refresh: int) -> int:
+        """How many calls after a refresh may reuse it, without a gap; all that were observed where none is too far."""
+        change = self.changes[refresh, 1 : self.calls - refresh]
+        tolerable = change <= max(float(self.noise[refresh]), TOLERANCE)
+        return int(self.changes.shape[1] - 1 if tolerable.all() else np.argmin(tolerable))
+
+    def cap(self) -> int:
+        """The largest number of consecutive reuses that is within the reach of every refresh, at least 1."""
+        return max(1, min((self.reach(call) for call in range(self.calls - 1)), default=1))
+
+    def legal(self, refreshes: Sequence[int]) -> bool:
+        """Whether each group of a schedule is within the reach of its refresh."""
+        return all(b - a - 1 <= self.reach(a) for a, b in pairwise((*refreshes, self.calls)))
+
+
+def facts_of(changes: Iterable[FeatureChanges], noise: Iterable[Sequence[float]]) -> FloorFacts:
+    """Means over features, so that each counts alike whatever its size.
+
+    Args:
+        changes: of the float features, one each.
+        noise: likewise, per call.
+    """
+    relative = np.mean([relative_changes(each) for each in changes], axis=0)
+    return FloorFacts(relative, np.mean([np.asarray(each, np.float64) for each in noise], axis=0))
+
+
+def judge(refreshes: Schedule, facts: FloorFacts) -> NoiseFloor:
+    """Apply the rule to a schedule, whose groups are no longer than the changes were observed for."""
+    schedule = check_schedule(refreshes, facts.calls)
     entries = []
-    for number, (refresh, stop) in enumerate(pairwise((*schedule, changes.calls))):
+    for refresh, stop in pairwise((*schedule, facts.calls)):
+        floor = float(facts.noise[refresh])
         for call in range(refresh + 1, stop):
-            bent = None if curvature is None or number == 0 or np.isnan(curvature[call]) else float(curvature[call])
-            reach = (call - refresh) / (refresh - schedule[number - 1]) if number else 0.0
-            change, floor = float(relative[refresh, call - refresh]), float(noise[refresh])
-            multiplied = None if bent is None else ((1 + reach) ** 2 + reach**2) * floor
-            better = bent is not None and multiplied is not None and bent + multiplied < change + floor
-            order = 1 if better and change > floor else 0
-            entries.append(FloorEntry(call, refresh, floor, change, bent, multiplied, order))
-    caps = [_reach(relative[a], changes.calls - a, float(noise[a]), tolerance) for a in schedule]
-    return NoiseFloor(tuple(entries), min(caps), tolerance)
+            change = float(facts.changes[refresh, call - refresh])
+            entries.append(FloorEntry(call, refresh, floor, change, 1 if change > floor else 0))
+    return NoiseFloor(tuple(entries), min(facts.reach(a) for a in schedule))
 
 
 def relative_changes(changes: FeatureChanges) -> Floats:
@@ -107,9 +119,3 @@ def relative_changes(changes: FeatureChanges) -> Floats:
     power = changes.power[np.minimum(later, calls - 1)]
     result: Floats = np.where(inside, changes.square / np.maximum(power, np.finfo(np.float64).tiny), np.inf)
     return result
-
-
-def _reach(change: Floats, left: int, noise: float, tolerance: float) -> int:
-    """How many calls after a refresh may reuse it, without a gap; all that were observed where none is too far."""
-    tolerable = change[1:left] <= max(noise, tolerance)
-    return int(len(change) - 1 if tolerable.all() else np.argmin(tolerable))

@@ -16,6 +16,18 @@ LATENTS_VECTORS = ("latents.gain", "latents.bias")
 """Names of the arrays in the bundle's vectors file."""
 
 
+def own_part(update: Sequence[Operation]) -> int:
+    """How many operations at the start prepare the prediction; what the sampler does comes after them."""
+    for index, op in enumerate(update):
+        if op.to not in (PREDICTION, LAST, BEFORE):
+            return index
+    return len(update)
+
+
+SMALLEST_SHARE = 1e-6
+"""What rounding leaves of coefficients that cancel."""
+
+
 def correct_prediction(program: StepProgram, correction: Correction, row: int = 0) -> StepProgram:
     """The program with the prediction corrected before anything else reads it (PTQD's bias and gain).
 
@@ -32,6 +44,12 @@ def correct_latents(program: StepProgram, correction: Correction, row: int = 0) 
     return _insert(program, correction, LATENTS, LATENTS_VECTORS, row)
 
 
+def correct_every_call(program: StepProgram, register: str, names: tuple[str, str]) -> StepProgram:
+    """The program with a correction of the prediction or the latents in every call, whatever the rows hold."""
+    calls = [_corrected(call, register, names, index) for index, call in enumerate(program.calls)]
+    return replace(program, calls=tuple(calls))
+
+
 def _insert(
     program: StepProgram, correction: Correction, register: str, names: tuple[str, str], row: int
 ) -> StepProgram:
@@ -41,23 +59,18 @@ def _insert(
             wanted="one row per denoiser call", cause="it was fitted for another step count or scheduler",
             remedy="fit it for this program",
         )
-    calls = []
-    for index, call in enumerate(program.calls):
-        writes = register == PREDICTION or any(op.to == register for op in call.update)
-        if writes and not correction.identity(index):
-            op = Correct(register, register, *names, row + index)
-            at = len(call.update) if register == LATENTS else _own_part(call.update)
-            call = replace(call, update=(*call.update[:at], op, *call.update[at:]))
-        calls.append(call)
+    calls = [
+        call if correction.identity(index) else _corrected(call, register, names, row + index)
+        for index, call in enumerate(program.calls)
+    ]
     return replace(program, calls=tuple(calls))
 
 
-def _own_part(update: Sequence[Operation]) -> int:
-    """How many operations at the start prepare the prediction; what the sampler does comes after them."""
-    for index, op in enumerate(update):
-        if op.to not in (PREDICTION, LAST, BEFORE):
-            return index
-    return len(update)
+def _corrected(call: Call, register: str, names: tuple[str, str], row: int) -> Call:
+    if register != PREDICTION and all(op.to != register for op in call.update):
+        return call
+    at = len(call.update) if register == LATENTS else own_part(call.update)
+    return replace(call, update=(*call.update[:at], Correct(register, register, *names, row), *call.update[at:]))
 
 
 def absorb_noise(program: StepProgram, deviations: Sequence[float]) -> tuple[StepProgram, tuple[float, ...]]:
@@ -92,7 +105,29 @@ def _noise_factor(call: Call, deviation: float) -> float:
 
 
 def latent_coefficients(call: Call) -> tuple[float, dict[str, float]]:
-    """How much of the prediction, and of each fresh noise register, ends up in the latents of a call.
+    """How much of the prediction, and of each fresh noise register, ends up in the latents of a call."""
+    latents = dict(_sources(call).get(LATENTS, {}))
+    prediction = latents.pop(PREDICTION, 0.0)
+    return prediction, latents
+
+
+def aim(call: Call) -> tuple[str, float] | None:
+    """The register that a call's prediction is for, and how much of it ends up there; `None` where it goes nowhere.
+
+    That is the latents, or the last written register that the prediction reaches, where a method makes several calls
+    per step.
+    """
+    known = _sources(call)
+    written = [op.to for op in call.update if op.to not in (PREDICTION, LAST, BEFORE)]
+    for register in (LATENTS, *reversed(written)):
+        share = known.get(register, {}).get(PREDICTION, 0.0)
+        if abs(share) > SMALLEST_SHARE:
+            return register, share
+    return None
+
+
+def _sources(call: Call) -> dict[str, dict[str, float]]:
+    """By register, what it holds after a call of the call's prediction and of fresh noise.
 
     Follows linear forms and corrections through the call's operations; a clamp passes its source on, as it does inside
     its bounds.
@@ -109,9 +144,7 @@ def latent_coefficients(call: Call) -> tuple[float, dict[str, float]]:
             known[op.to] = total
         elif isinstance(op, (Clamp, Correct)):
             known[op.to] = dict(known.get(op.source, {}))
-    latents = dict(known.get(LATENTS, {}))
-    prediction = latents.pop(PREDICTION, 0.0)
-    return prediction, latents
+    return known
 
 
 def _scaled_noise(update: tuple[Operation, ...], factor: float) -> tuple[Operation, ...]:

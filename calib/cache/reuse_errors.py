@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.calib.cache.history import TERMS, HistoryCorrection, identity, least_squares, squared_error
-from quantempo.calib.cache.schedules import check_schedule
+from quantempo.calib.cache.history import TERMS, least_squares, squared_error
 from quantempo.errors import RequestError
 
 Floats = NDArray[np.float64]
@@ -25,8 +23,8 @@ TINY = float(np.finfo(np.float64).tiny)
 
 
 class ReuseErrors:
-    """Second moments of the terms of the history correction, for each call, each refresh that may serve it, and each
-    refresh that may have come before that one.
+    """Second moments of the terms of the history correction, for each call and each refresh that may serve it, with the
+    refresh before at the mean distance.
 
     Args:
         calls: of the program.
@@ -42,7 +40,7 @@ class ReuseErrors:
             )
         self.calls, self.longest, self.interval = calls, min(longest, calls), interval
         size = len(TERMS) + 1
-        self._moments: Floats = np.zeros((calls, self.longest, self.longest + 1, size, size))
+        self._moments: Floats = np.zeros((calls, self.longest, size, size))
         self._elements: Floats = np.zeros((calls, self.longest))
 
     def observe(
@@ -59,10 +57,10 @@ class ReuseErrors:
             fed: what the denoiser was fed at the call.
             wanted: the prediction of the full graph.
         """
-        for gap in range(min(1, refresh), min(refresh, self.longest) + 1):
-            parts = (reused, predictions[refresh], predictions[refresh - gap], fed, wanted)
-            terms = np.stack([np.asarray(v, np.float64).ravel() for v in parts])
-            self._moments[call, call - refresh, gap] += terms @ terms.T
+        before = predictions[refresh - min(self.interval, self.longest, refresh)]
+        parts = (reused, predictions[refresh], before, fed, wanted)
+        terms = np.stack([np.asarray(v, np.float64).ravel() for v in parts])
+        self._moments[call, call - refresh] += terms @ terms.T
         self._elements[call, call - refresh] += terms.shape[1]
 
     def errors(self, corrected: bool) -> Floats:
@@ -71,22 +69,10 @@ class ReuseErrors:
         found[:, 0] = 0.0
         plain = np.eye(len(TERMS))[0]
         for call, distance in zip(*np.nonzero(self._elements), strict=True):
-            moments = self._moments[call, distance, min(self.interval, self.longest, call - distance)]
+            moments = self._moments[call, distance]
             coefficients = least_squares(moments) if corrected else plain
             found[call, distance] = squared_error(moments, coefficients) / self._elements[call, distance]
         return found
-
-    def history(self, refreshes: Sequence[int]) -> HistoryCorrection:
-        """The history correction of a schedule, as these runs would have it; the identity where none tried it."""
-        coefficients = np.tile(identity(), (self.calls, 1))
-        schedule = check_schedule(refreshes, self.calls)
-        for number, (refresh, stop) in enumerate(pairwise((*schedule, self.calls))):
-            gap = min(refresh - schedule[number - 1], self.longest) if number else 0
-            for call in range(refresh + 1, min(stop, refresh + self.longest)):
-                if self._elements[call, call - refresh]:
-                    coefficients[call] = least_squares(self._moments[call, call - refresh, gap])
-        unknown = np.zeros(self.calls)
-        return HistoryCorrection(coefficients, unknown, unknown)
 
     def gains(self, sensitivities: Mapping[int, float]) -> Floats:
         """Per call, squared error of the final latents per squared error of the prediction.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -93,23 +93,6 @@ def power_law(calls: int, interval: int, power: float = 1.3, centre: float = 0.0
     return tuple(int(i) for i in np.floor(np.arange(count) * calls / count + 1e-9))
 
 
-def capped(refreshes: Sequence[int], calls: int, max_consecutive: int) -> Schedule:
-    """The schedule with as few refreshes added as let no more than `max_consecutive` calls in a row reuse.
-
-    Within a run of reuse that is too long the added refreshes are evenly spaced.
-
-    Raises:
-        RequestError: a negative cap, or see `check_schedule`.
-    """
-    if max_consecutive < 0:
-        raise _refuse(f"a cap of {max_consecutive}", "0 or more", "a slip", "use 0 for no reuse at all")
-    found = []
-    for a, b in pairwise((*check_schedule(refreshes, calls), calls)):
-        pieces = -(-(b - a) // (max_consecutive + 1))
-        found += [a + (b - a) * i // pieces for i in range(pieces)]
-    return tuple(found)
-
-
 class FeatureChanges:
     """How far features move from call to call, for all pairs of calls at most `longest` - 1 apart.
 
@@ -165,26 +148,25 @@ class FeatureChanges:
             getattr(merged, name)[...] = getattr(self, name) + getattr(other, name)
         return merged
 
-    def costs(self, sensitivities: Sequence[float] | None = None) -> Floats:
-        """`[a, b]`: what the calls `a .. b - 1` lose when call `a` serves them all; infinite where out of reach.
+    def costs(self) -> Floats:
+        """`[a, b]`: `Σ_i Σ |X_i - X_a|` over the calls `a .. b - 1`, which call `a` serves; infinite out of reach.
 
-        Without sensitivities `D(a, b) = Σ_i Σ |X_i - X_a|` (CacheQuant, Liu et al. 2025).  That counts a change alike
-        at every call, but the end of a run forgives it less at some calls than at others.  With them, the distance of a
-        pair is taken relative to that of neighbouring calls: `D(a, b) = Σ_i s_i · Σ |X_i - X_a| / Σ |X_i - X_(i-1)|`.
-
-        Args:
-            sensitivities: per call, the error at the end of a run in which this call alone reuses the features of the
-                call before.
+        That is what CacheQuant (Liu et al. 2025) minimises.
         """
-        scale = np.ones(self.calls)
-        if sensitivities is not None:
-            step = np.concatenate([[0.0], self.absolute[:-1, 1]]) if self.longest > 1 else np.zeros(self.calls)
-            scale = np.divide(np.asarray(sensitivities, np.float64), step, out=np.zeros(self.calls), where=step > 0)
         costs = np.full((self.calls + 1, self.calls + 1), math.inf)
         for a in range(self.calls):
             reach = min(self.longest, self.calls - a)
-            costs[a, a + 1 : a + reach + 1] = np.cumsum(scale[a : a + reach] * self.absolute[a, :reach])
+            costs[a, a + 1 : a + reach + 1] = np.cumsum(self.absolute[a, :reach])
         return costs
+
+
+def sum_of_costs(changes: Iterable[FeatureChanges]) -> Floats:
+    """The costs of several features together, each relative to its size over the program."""
+    total: Floats = np.zeros(0)
+    for each in changes:
+        costs = each.costs() / max(float(each.size.sum()), np.finfo(np.float64).tiny)
+        total = costs if not total.size else total + costs
+    return total
 
 
 def bounds_of(interval: int) -> tuple[int, int]:
@@ -266,14 +248,17 @@ def improved(
         longest: the largest group of calls.
         error: of a schedule, measured, one value per sample; it may be slow.
         runs: how often it is asked at most.
-        cost: a guess of the error, by which moves are sorted; default: the fewest moved refreshes first.
+        cost: a guess of the error, by which moves are sorted; infinite for moves that are not legal; default: the
+            fewest moved refreshes first.
     """
     best = check_schedule(refreshes, calls)
     lowest, asked = error(best), 0
     tried = {best}
     while True:
         moves = [m for m in shifted(best, calls, longest) if m not in tried]
-        for moved in moves if cost is None else sorted(moves, key=cost):
+        if cost is not None:
+            moves = sorted((m for m in moves if math.isfinite(cost(m))), key=cost)
+        for moved in moves:
             if asked >= runs:
                 return best
             asked += 1

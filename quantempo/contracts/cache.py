@@ -19,6 +19,7 @@ from quantempo.errors import DataError, nearest
 CACHE_PLAN_VERSION = 1
 FULL = "full"
 PROBE = "probe"
+FEATURE_STEM = "cache."
 _REUSE = re.compile(r"reuse\.(0|[1-9]\d*)")
 
 
@@ -29,7 +30,7 @@ def reuse_name(index: int) -> str:
 
 def feature_name(index: int) -> str:
     """Name of the cached feature with an index: an output where it is written, an input where it is read."""
-    return f"cache.{index}"
+    return f"{FEATURE_STEM}{index}"
 
 
 def correction_inputs(feature: str, of: Literal["feature", "product"]) -> tuple[str, str]:
@@ -91,6 +92,7 @@ class SublayerCut:
         return len(self.mask)
 
 
+CorrectionName = Literal["feature", "product", "prediction", "latents"]
 Cut = Union[FeatureCut, DeltaCut, SublayerCut]
 
 
@@ -138,7 +140,7 @@ class CachePlan:
         cuts: by variant name, `reuse.0` and so on.
         schedules: by number of steps (a decimal string).
         probe: what dynamic decisions look at.
-        corrections: which were fitted: `feature` and `product` on graph inputs, `prediction` and `latents` in programs.
+        corrections: which are in it: `feature` and `product` on graph inputs, `prediction` and `latents` in programs.
     """
 
     model: str
@@ -149,7 +151,7 @@ class CachePlan:
     schedules: Mapping[str, Schedule]
     parameters: Mapping[str, float] = field(default_factory=dict)
     probe: Probe | None = None
-    corrections: tuple[Literal["feature", "product", "prediction", "latents"], ...] = ()
+    corrections: tuple[CorrectionName, ...] = ()
     version: int = CACHE_PLAN_VERSION
 
 

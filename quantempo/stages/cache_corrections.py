@@ -1,5 +1,8 @@
 """Corrections of a cached, quantized run, fitted one after another, each with all earlier ones active.
 
+History, prediction and latents are fitted in a closed loop (`quantempo.stages.closed_loop`), towards the trajectory of
+the float model; features and products towards what the float model computes from the same input.
+
 A correction that lowers the error of its own tensor may still harm the end of a run: least squares shrink what they
 cannot know, call after call.  So each one is kept only where the final latents of other runs come closer to the float
 model's.
@@ -9,29 +12,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from quantempo.calib.cache.corrections import (
-    Correction,
-    CorrectionFit,
-    VarianceFit,
-    estimate_affine,
-    estimate_offset,
-    estimate_prediction,
+from quantempo.calib.cache.corrections import Correction, CorrectionFit, estimate_affine, estimate_offset
+from quantempo.calib.cache.history import HistoryCorrection, correct_by_history, report_of
+from quantempo.calib.cache.noise_floor import NoiseFloor
+from quantempo.calib.cache.program_rows import (
+    LATENTS_VECTORS,
+    PREDICTION_VECTORS,
+    absorb_noise,
+    correct_latents,
+    correct_prediction,
+    latent_coefficients,
+    own_part,
 )
-from quantempo.calib.cache.history import HistoryCorrection, HistoryFit, HistoryReplay, correct_by_history, report_of
-from quantempo.calib.cache.noise_floor import NoiseFloor, judge
-from quantempo.calib.cache.program_rows import LATENTS_VECTORS, PREDICTION_VECTORS, correct_latents, correct_prediction
-from quantempo.calib.cache.schedules import FeatureChanges, Schedule
+from quantempo.calib.cache.schedules import Schedule
 from quantempo.contracts.cache import correction_inputs
 from quantempo.contracts.engine import Buffer
-from quantempo.contracts.program import StepProgram
+from quantempo.contracts.program import PREDICTION, StepProgram
 from quantempo.runtime.loop import Observation
+from quantempo.runtime.registers import Registers
+from quantempo.runtime.rng import NoiseSource
 from quantempo.stages.cache_runs import (
     CacheSettings,
+    Corrected,
     Float32s,
     VariantBench,
     check_batches,
@@ -39,6 +45,14 @@ from quantempo.stages.cache_runs import (
     guided,
     program_batches,
     taught,
+)
+from quantempo.stages.closed_loop import (
+    Reference,
+    closed_loop_batch,
+    fit_history,
+    fit_latents,
+    fit_prediction,
+    reference_of,
 )
 from quantempo.stages.teacher import GIVEN
 
@@ -52,7 +66,8 @@ class StepsFit:
         program: with variants, vector rows from 0 on, and corrections.
         vectors: (calls, channels) by name.
         found: the corrections, for the report.
-        floor: what quantization noise says about the schedule, by cached feature.
+        floor: what quantization noise says about the schedule.
+        kept: the corrections that are in it.
         history: the linear prediction from earlier refreshes.
         errors: of the final latents on held-out runs, uncorrected and with each candidate that was tried.
     """
@@ -61,7 +76,8 @@ class StepsFit:
     program: StepProgram
     vectors: Mapping[str, Float32s]
     found: Mapping[str, Correction] = field(default_factory=dict)
-    floor: Mapping[str, NoiseFloor] = field(default_factory=dict)
+    floor: NoiseFloor | None = None
+    kept: tuple[Corrected, ...] = ()
     history: HistoryCorrection | None = None
     errors: tuple[tuple[str, float], ...] = ()
 
@@ -75,7 +91,8 @@ class StepsFit:
                 for name, c in self.found.items()
             },
             "history": None if self.history is None else report_of(self.history),
-            "noise_floor": {name: asdict(floor) for name, floor in self.floor.items()},
+            "kept": list(self.kept),
+            "noise_floor": None if self.floor is None else asdict(self.floor),
         }
 
 
@@ -102,7 +119,7 @@ class _Check:
 
 def fit_corrections(
     bench: VariantBench, settings: CacheSettings, plain: StepProgram, cached: StepProgram, refreshes: Schedule,
-    changes: Mapping[str, FeatureChanges],
+    floor: NoiseFloor | None = None,
 ) -> StepsFit:
     """Fit one correction after another on the quantized, cached trajectory.
 
@@ -112,163 +129,134 @@ def fit_corrections(
         plain: the uncached program.
         cached: with the variants of the schedule, vectors from row 0 on.
         refreshes: the schedule.
-        changes: of the float features, by name.
+        floor: what quantization noise says about it; calls of order 0 use no earlier refresh.
     """
     vectors: dict[str, Float32s] = dict(bench.identity_vectors(len(cached.calls)))
     check = _Check(bench, settings, plain)
     best = check.error("none", cached, vectors)
-    fit = StepsFit(refreshes, cached, vectors)
-    for name in ("feature", "history", "prediction", "latents"):
-        if name not in settings.corrections:
+    fit = StepsFit(refreshes, cached, vectors, floor=floor)
+    work = _Work(bench, settings, reference_of(bench, plain, closed_loop_batch(bench, settings, plain)))
+    for name in settings.corrections:
+        candidate = _CANDIDATES[name](work, fit)
+        if candidate is None:
             continue
-        candidate = _CANDIDATES[name](bench, settings, plain, fit, changes)
         error = check.error(name, candidate.program, candidate.vectors)
         if error < best:
-            fit, best = candidate, error
-        elif name == "feature":
-            fit = replace(fit, floor=candidate.floor)
+            fit, best = replace(candidate, kept=(*fit.kept, name)), error
     return replace(fit, errors=tuple(check.errors))
 
 
-def _with_feature(
-    bench: VariantBench, settings: CacheSettings, plain: StepProgram, fit: StepsFit,
-    changes: Mapping[str, FeatureChanges],
-) -> StepsFit:
-    fits, noise = _feature_fits(bench, settings, fit.program, fit.vectors)
-    floor = {name: judge(fit.refreshes, changes[name], noise[name].tolist()) for name in changes}
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What all candidates are fitted with."""
+
+    bench: VariantBench
+    settings: CacheSettings
+    reference: Reference
+
+
+def _with_feature(work: _Work, fit: StepsFit) -> StepsFit:
+    fits = _graph_fits(work, fit, "feature")
     found, vectors = dict(fit.found), dict(fit.vectors)
     for name, each in fits.items():
         made = found[name] = each.fit({"affine": estimate_affine, "offset": estimate_offset})
         vectors.update(zip(correction_inputs(name, "feature"), (made.gain, made.bias), strict=True))
-    return replace(fit, vectors=vectors, found=found, floor=floor)
+    return replace(fit, vectors=vectors, found=found)
 
 
-def _with_history(
-    bench: VariantBench, settings: CacheSettings, plain: StepProgram, fit: StepsFit,
-    changes: Mapping[str, FeatureChanges],
-) -> StepsFit:
-    history = _history_fit(bench, settings, fit.program, fit.vectors, fit.refreshes)
-    sample = bench.parts.manifest.denoiser.sample_input
+def _with_product(work: _Work, fit: StepsFit) -> StepsFit:
+    fits = _graph_fits(work, fit, "product")
+    found, vectors = dict(fit.found), dict(fit.vectors)
+    for name, each in fits.items():
+        made = found[f"{name}.product"] = each.fit({"affine": estimate_affine, "offset": estimate_offset})
+        vectors.update(zip(correction_inputs(name, "product"), (made.gain, made.bias), strict=True))
+    return replace(fit, vectors=vectors, found=found)
+
+
+def _with_history(work: _Work, fit: StepsFit) -> StepsFit:
+    orders = None if fit.floor is None else {entry.call: entry.order for entry in fit.floor.entries}
+    history, _ = fit_history(work.bench, fit.program, fit.vectors, fit.refreshes, work.reference, orders)
+    sample = work.bench.parts.manifest.denoiser.sample_input
     return replace(fit, program=correct_by_history(fit.program, history, fit.refreshes, sample), history=history)
 
 
-def _with_prediction(
-    bench: VariantBench, settings: CacheSettings, plain: StepProgram, fit: StepsFit,
-    changes: Mapping[str, FeatureChanges],
-) -> StepsFit:
-    replay = None if fit.history is None else HistoryReplay(fit.history, fit.refreshes)
-    made = _prediction_fit(bench, settings, fit.program, fit.vectors, replay).fit({"prediction": estimate_prediction})
+def _with_prediction(work: _Work, fit: StepsFit) -> StepsFit:
+    made, _ = fit_prediction(work.bench, fit.program, fit.vectors, work.reference)
     return replace(
         fit, program=correct_prediction(fit.program, made), found={**fit.found, "prediction": made},
         vectors={**fit.vectors, **dict(zip(PREDICTION_VECTORS, (made.gain, made.bias), strict=True))},
     )
 
 
-def _with_latents(
-    bench: VariantBench, settings: CacheSettings, plain: StepProgram, fit: StepsFit,
-    changes: Mapping[str, FeatureChanges],
-) -> StepsFit:
-    made = _latents_fit(bench, settings, plain, fit.program, fit.vectors)
+def _with_noise(work: _Work, fit: StepsFit) -> StepsFit | None:
+    """PTQD's variance absorption; `None` where the sampler adds no noise."""
+    if not any(latent_coefficients(call)[1] for call in fit.program.calls):
+        return None
+    program, _ = absorb_noise(fit.program, _residuals(work, fit))
+    return replace(fit, program=program)
+
+
+def _with_latents(work: _Work, fit: StepsFit) -> StepsFit:
+    made, _ = fit_latents(work.bench, fit.program, fit.vectors, work.reference)
     return replace(
         fit, program=correct_latents(fit.program, made), found={**fit.found, "latents": made},
         vectors={**fit.vectors, **dict(zip(LATENTS_VECTORS, (made.gain, made.bias), strict=True))},
     )
 
 
-_CANDIDATES = {
-    "feature": _with_feature, "history": _with_history, "prediction": _with_prediction, "latents": _with_latents,
+_CANDIDATES: Mapping[Corrected, Callable[[_Work, StepsFit], StepsFit | None]] = {
+    "feature": _with_feature, "product": _with_product, "history": _with_history, "prediction": _with_prediction,
+    "noise": _with_noise, "latents": _with_latents,
 }
 
 
-def _feature_fits(
-    bench: VariantBench, settings: CacheSettings, program: StepProgram, vectors: Mapping[str, Float32s]
-) -> tuple[dict[str, CorrectionFit], dict[str, NDArray[np.float64]]]:
-    """DEC's first fit: the features of this call, by the float model on the same inputs, on the cached ones.
+def _graph_fits(work: _Work, fit: StepsFit, of: Literal["feature", "product"]) -> dict[str, CorrectionFit]:
+    """DEC's fits: what the float model has at this call for the same input, on what the reusing graph has.
 
-    Returns:
-        The fits, and per call the noise power of refreshed features relative to the features', by feature.
+    `feature` is the cached tensor itself (a1, b1); `product` the result of the layer that consumes it (a2, b2), with
+    the cached tensor corrected already.
     """
-    features, calls = bench.set.features, len(program.calls)
-    fits = {name: CorrectionFit(calls, f.channels, f.axis) for name, f in features.items()}
-    error, power = ({name: np.zeros(calls) for name in features} for _ in range(2))
-    loop = bench.loop("taught", vectors)
+    bench, calls = work.bench, len(fit.program.calls)
+    features = {n: f for n, f in bench.set.features.items() if of == "feature" or f.product is not None}
+    fits, seen_as = {}, {}
+    for name, f in features.items():
+        if of == "feature":
+            fits[name], seen_as[name] = CorrectionFit(calls, f.channels, f.axis), (GIVEN + name, name)
+        else:
+            assert f.product is not None
+            axis = 1 if f.axis == 1 else -1
+            fits[name], seen_as[name] = CorrectionFit(calls, f.product_channels, axis), (f.product, f.product)
+    taps = tuple(wanted for _, wanted in seen_as.values()) if of == "product" else ()
+    reusing = [name for name, variant in bench.set.variants.items() if variant.reads]
+    loop = bench.loop("taught", fit.vectors, dict.fromkeys(reusing, taps), taps)
 
     def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
         for name in bench.set.variants[seen.graph].reads:
-            fits[name].observe(seen.index, outputs[GIVEN + name].array, taught(outputs, name), seen.samples)
-        for name in bench.set.variants[seen.graph].writes:
-            wanted = taught(outputs, name).astype(np.float64)
-            error[name][seen.index] += float(np.sum((outputs[name].array - wanted) ** 2))
-            power[name][seen.index] += float(np.sum(wanted**2))
+            if name in fits:
+                given, wanted = seen_as[name]
+                fits[name].observe(seen.index, outputs[given].array, taught(outputs, wanted), seen.samples)
 
-    fitting_runs(bench, settings, loop, program, watch)
-    return fits, {name: error[name] / np.maximum(power[name], np.finfo(np.float64).tiny) for name in features}
+    fitting_runs(bench, work.settings, loop, fit.program, watch)
+    return fits
 
 
-def _history_fit(
-    bench: VariantBench, settings: CacheSettings, program: StepProgram, vectors: Mapping[str, Float32s],
-    refreshes: Schedule,
-) -> HistoryCorrection:
-    denoiser = bench.parts.manifest.denoiser
-    fit = HistoryFit(len(program.calls), refreshes)
+def _residuals(work: _Work, fit: StepsFit) -> list[float]:
+    """Per call, the standard deviation of the corrected prediction's error to the float one for the same input."""
+    bench, settings, program = work.bench, work.settings, fit.program
+    name, calls = bench.parts.manifest.denoiser.prediction, len(fit.program.calls)
+    total, count, wanted = np.zeros(calls), np.zeros(calls), dict[int, Float32s]()
 
     def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
-        name = denoiser.prediction
-        own, wanted = (guided(seen, a, settings.guidance) for a in (outputs[name].array, taught(outputs, name)))
-        fit.observe(seen.index, own, outputs[GIVEN + denoiser.sample_input].array[: len(own)], wanted, range(len(own)))
+        wanted[seen.index] = guided(seen, taught(outputs, name), settings.guidance)
 
-    fitting_runs(bench, settings, bench.loop("taught", vectors), program, watch)
-    return fit.fit()
+    def look(index: int, registers: Registers, noise: NoiseSource) -> None:
+        update, ahead = program.calls[index].update, registers.copied()
+        for operation in update[: own_part(update)]:
+            ahead.apply(operation, noise)
+        error = ahead[PREDICTION].astype(np.float64) - wanted[index]
+        total[index] += float(np.sum((error - error.mean()) ** 2))
+        count[index] += error.size
 
-
-def _prediction_fit(
-    bench: VariantBench, settings: CacheSettings, program: StepProgram, vectors: Mapping[str, Float32s],
-    replay: HistoryReplay | None,
-) -> CorrectionFit:
-    denoiser = bench.parts.manifest.denoiser
-    fit = CorrectionFit(len(program.calls), denoiser.latents_shape[0])
-    loop = bench.loop("taught", vectors)
-
-    def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
-        name = denoiser.prediction
-        own, wanted = (guided(seen, a, settings.guidance) for a in (outputs[name].array, taught(outputs, name)))
-        if replay is not None:
-            own = replay(seen.index, own, outputs[GIVEN + denoiser.sample_input].array[: len(own)])
-        fit.observe(seen.index, own, wanted, range(len(own)))
-
-    fitting_runs(bench, settings, loop, program, watch)
-    return fit
-
-
-def _latents_fit(
-    bench: VariantBench, settings: CacheSettings, plain: StepProgram, program: StepProgram,
-    vectors: Mapping[str, Float32s],
-) -> Correction:
-    """Variance correction towards the uncached float trajectory of the same noise."""
-    last = {call.step: index for index, call in enumerate(program.calls)}
-    reference = bench.loop("float", bench.identity_vectors(len(program.calls)))
-    student = bench.loop("quantized", vectors)
-    fit: VarianceFit | None = None
-    for batch in program_batches(bench, settings, program):
-        wanted: dict[int, Float32s] = {}
-        bench.run(reference, plain, batch, on_step=_into(wanted, last))
-        if fit is None:
-            variance = np.ones((len(program.calls), next(iter(wanted.values())).shape[1]))
-            for call, x in wanted.items():
-                variance[call] = x.var(axis=(0, *range(2, x.ndim)))
-            fit = VarianceFit(variance)
-        seen: dict[int, Float32s] = {}
-        bench.run(student, program, batch, on_step=_into(seen, last))
-        for call, x in seen.items():
-            fit.observe(call, x, wanted[call], range(len(x)))
-    assert fit is not None
-    return fit.fit("auto")
-
-
-def _into(found: dict[int, Float32s], call_of: Mapping[int, int]) -> Callable[[int, Float32s], None]:
-    """Keeps the latents after each step under the index of its last call."""
-
-    def keep(step: int, latents: Float32s) -> None:
-        found[call_of[step]] = latents
-
-    return keep
+    loop = bench.loop("taught", fit.vectors)
+    bench.run(loop, program, program_batches(bench, settings, program)[0], watch, look)
+    return [float(v) for v in np.sqrt(total / np.maximum(count, 1))]

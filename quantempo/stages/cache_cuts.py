@@ -12,7 +12,7 @@ from quantempo.contracts.cache import CachePlan, Cut, DeltaCut, FeatureCut, reus
 from quantempo.contracts.plan import QuantPlan
 from quantempo.errors import ExportError, RequestError
 from quantempo.recipe import Recipe
-from quantempo.stages.cache_runs import graph_corrections
+from quantempo.stages.cache_runs import fitted_corrections, graph_corrections
 from quantempo.stages.dynamic_caching import probe_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class CacheGraphs:
         """The model cut as a fitted plan has it."""
         from quantempo.export.variants import cut_variants
 
-        return CacheGraphs(self.cut, cut_variants(graph, plan.cuts, plan.probe))
+        return CacheGraphs(self.cut, cut_variants(graph, plan.cuts, plan.probe, graph_corrections(plan.corrections)))
 
     def keep_free(self, plan: QuantPlan) -> QuantPlan:
         """The plan without centres of tensors that a cut needs as they are: a feature is not shifted per group."""
@@ -76,7 +76,7 @@ def cut_for_caching(graph: Graph, recipe: Recipe) -> CacheGraphs | None:
     Raises:
         ExportError: the cut does not fit the model, or there is none that does.
     """
-    from quantempo.export.variants import cut_variants
+    from quantempo.export.variants import consumed, cut_variants
 
     if recipe.cache == NONE:
         return None
@@ -84,7 +84,7 @@ def cut_for_caching(graph: Graph, recipe: Recipe) -> CacheGraphs | None:
     for cut in [named_cut(graph, recipe.cache_cut)] if recipe.cache_cut else default_cuts(graph):
         try:
             probe = probe_of(recipe.cache, cut)
-            corrections = () if probe is not None else graph_corrections(cut)
+            corrections = () if probe is not None else graph_corrections(fitted_corrections(cut, consumed(graph, cut)))
             return CacheGraphs(cut, cut_variants(graph, {reuse_name(0): cut}, probe, corrections))
         except ExportError as refused:
             error = error or refused

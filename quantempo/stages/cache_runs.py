@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.trajectories import FIRST_SEED, CalibrationSet, ProgramChoice, TrajectoryBatch, plan_batches
-from quantempo.contracts.cache import FULL, PROBE, Cut, Probe, SublayerCut
+from quantempo.contracts.cache import FULL, PROBE, Cut, Probe, SublayerCut, correction_inputs
 from quantempo.contracts.engine import Buffer, Engine, EngineOptions
 from quantempo.contracts.manifest import Manifest
 from quantempo.contracts.plan import QuantPlan
@@ -22,7 +22,7 @@ from quantempo.contracts.variants import Variant
 from quantempo.engines.registry import open_engine
 from quantempo.recipe import Recipe
 from quantempo.runtime.guidance import UNCONDITIONAL
-from quantempo.runtime.loop import Loop, LoopRequest, Observation
+from quantempo.runtime.loop import Loop, LoopRequest, Observation, PredictionHook
 from quantempo.runtime.request import Request, resolve
 from quantempo.stages.calibration import ENGINE
 from quantempo.stages.model import Exported
@@ -36,23 +36,35 @@ Float32s = NDArray[np.float32]
 Vectors = Mapping[str, Float32s]
 Watch = Callable[[Observation, Mapping[str, Buffer]], None]
 GROUP_INPUT = "scale_group"
-Corrected = Literal["feature", "history", "prediction", "latents"]
+Corrected = Literal["feature", "product", "history", "prediction", "noise", "latents"]
+Corrections = Sequence[Literal["feature", "product"]]
+"""Those that a reusing graph takes as inputs."""
 Mode = Literal["float", "shown", "quantized", "taught", "probed"]
 
 
-def fitted_corrections(cut: Cut) -> tuple[Corrected, ...]:
+def fitted_corrections(cut: Cut, consumed: bool = False) -> tuple[Corrected, ...]:
     """The corrections that are tried for a cut, in the order in which they are fitted.
 
     A sublayer cut has many features; a gain and a bias for each would cost a good part of what reuse saves, and the
     history of predictions does what they would.
+
+    Args:
+        cut: where the graph is cut.
+        consumed: whether one product alone reads a cached feature.
     """
-    rest: tuple[Corrected, ...] = ("history", "prediction", "latents")
-    return rest if isinstance(cut, SublayerCut) else ("feature", *rest)
+    rest: tuple[Corrected, ...] = ("history", "prediction", "noise", "latents")
+    if isinstance(cut, SublayerCut):
+        return rest
+    return ("feature", "product", *rest) if consumed else ("feature", *rest)
 
 
-def graph_corrections(cut: Cut) -> tuple[Literal["feature"], ...]:
-    """Those that the reusing graph takes as inputs."""
-    return ("feature",) if "feature" in fitted_corrections(cut) else ()
+def graph_corrections(found: Iterable[str]) -> Corrections:
+    """Those of some corrections that the reusing graph takes as inputs."""
+    wanted = set(found)
+    return tuple(name for name in _IN_GRAPH if name in wanted)
+
+
+_IN_GRAPH: tuple[Literal["feature", "product"], ...] = ("feature", "product")
 
 
 CACHE_SEED = 2 * FIRST_SEED
@@ -77,7 +89,7 @@ class CacheSettings:
 
     policy: str
     cut: Cut
-    corrections: tuple[Corrected, ...] = ("feature", "history", "prediction", "latents")
+    corrections: tuple[Corrected, ...] = ("feature", "history", "prediction", "noise", "latents")
     guidance: float = 1.5
     samples: int = 64
     checks: int = 32
@@ -118,19 +130,18 @@ class VariantBench:
         parts: the model.
         folder: exists and is empty.
         cuts: by variant.
-        correct_features: whether reusing variants take a gain and bias for each feature.
+        corrections: what reusing variants take a gain and bias for; products only where the cut has any.
         probe: what the variant `probe` computes; `None` for none.
     """
 
     def __init__(
-        self, parts: CacheParts, folder: Path, cuts: Mapping[str, Cut], correct_features: bool = True,
+        self, parts: CacheParts, folder: Path, cuts: Mapping[str, Cut], corrections: Corrections = ("feature",),
         probe: Probe | None = None,
     ) -> None:
         from quantempo.export.graph_files import write_graphs
         from quantempo.export.variants import cut_variants
 
         self.parts, self._folder = parts, folder
-        corrections: tuple[Literal["feature"], ...] = ("feature",) if correct_features else ()
         self.set: VariantSet = cut_variants(parts.exported.graph, cuts, probe, corrections)
         (folder / "float").mkdir(parents=True)
         write_graphs(folder / "float", {name: v.graph for name, v in self.set.variants.items()})
@@ -173,10 +184,15 @@ class VariantBench:
                 for name in variant.vectors:
                     if name.startswith(f"{feature.name}."):
                         fill = 1.0 if name.endswith(".gain") else 0.0
-                        found[name] = np.full((calls, feature.channels), fill, np.float32)
+                        of_product = name in correction_inputs(feature.name, "product")
+                        width = feature.product_channels if of_product else feature.channels
+                        found[name] = np.full((calls, width), fill, np.float32)
         return found
 
-    def loop(self, mode: Mode, vectors: Vectors, taps: Mapping[str, Sequence[str]] | None = None) -> Loop:
+    def loop(
+        self, mode: Mode, vectors: Vectors, taps: Mapping[str, Sequence[str]] | None = None,
+        teacher_taps: Sequence[str] = (),
+    ) -> Loop:
         """A loop over all variants.
 
         Args:
@@ -184,6 +200,7 @@ class VariantBench:
                 is `float` with inputs shown as outputs.
             vectors: all that the program names.
             taps: by variant, inner tensors to hand to the observer.
+            teacher_taps: likewise, of the teacher.
         """
         engines: dict[str, Engine] = {}
         variants: dict[str, Variant] = {}
@@ -195,7 +212,7 @@ class VariantBench:
             engines[name] = engine
             if mode == "taught":
                 shown = (*graph.reads, denoiser.sample_input)
-                engines[name] = TaughtEngine(engine, self._open("float", FULL, ()), shown)
+                engines[name] = TaughtEngine(engine, self._open("float", FULL, tuple(teacher_taps)), shown)
             elif mode == "shown":
                 engines[name] = ShownEngine(engine)
             elif mode == "probed":
@@ -227,7 +244,7 @@ class VariantBench:
 
     def run(
         self, loop: Loop, program: StepProgram, batch: TrajectoryBatch, watch: Watch | None = None,
-        on_step: Callable[[int, Float32s], None] | None = None,
+        on_prediction: PredictionHook | None = None,
     ) -> Float32s:
         """Run a batch and return its final latents.
 
@@ -236,7 +253,7 @@ class VariantBench:
             program: whose variants and vectors the loop has.
             batch: seeds, labels and guidance.
             watch: sees each engine call.
-            on_step: sees the latents after each step, with the step's index.
+            on_prediction: see `LoopRequest`.
         """
         rows = np.array(batch.seeds) % 1_000_000
         given = {name: values[rows % len(values)] for name, values in self.parts.arrays.items()}
@@ -246,14 +263,10 @@ class VariantBench:
         )  # fmt: skip
         r = resolve(request, self.parts.manifest)
 
-        def step(index: int, timestep: float, latents: Float32s) -> None:
-            assert on_step is not None
-            on_step(index, latents)
-
         result = loop.run(program, LoopRequest(
             batch=r.batch, guidance=r.guidance, noise=r.noise, latents=r.latents, conditioning=r.conditioning,
             rescale=r.rescale, mode=r.mode, seeds=r.seed_per_sample, observer=watch,
-            on_step=None if on_step is None else step,
+            on_prediction=on_prediction,
         ))  # fmt: skip
         return result.latents
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantempo.calib.cache.history import HistoryCorrection, correct_by_history
+from quantempo.calib.cache.history import correct_by_history
+from quantempo.calib.cache.noise_floor import FloorFacts, facts_of
 from quantempo.calib.cache.reuse_errors import TINY, ReuseErrors, probed_calls
 from quantempo.calib.cache.schedules import (
+    FeatureChanges,
     Schedule,
     bounds_of,
     clearly_lower,
@@ -22,6 +24,7 @@ from quantempo.calib.cache.schedules import (
     improved,
     power_law,
     programmed,
+    sum_of_costs,
 )
 from quantempo.calib.trajectories import TrajectoryBatch
 from quantempo.contracts.cache import FULL, reuse_name
@@ -35,7 +38,9 @@ from quantempo.stages.cache_runs import (
     check_batches,
     guided,
     program_batches,
+    taught,
 )
+from quantempo.stages.closed_loop import fit_history, reference_of
 from quantempo.stages.teacher import GIVEN
 
 TRIED_SAMPLES, TRIED_BATCH = 4, 2
@@ -64,12 +69,13 @@ class ScheduleSearch:
     def __init__(self, bench: VariantBench, settings: CacheSettings, program: StepProgram) -> None:
         self._bench, self._settings, self._program = bench, settings, program
         self._sensitivities: dict[int, float] | None = None
+        self._facts: dict[int, FloorFacts] = {}
 
     def schedule(self, name: str, interval: int, corrected: bool | None = None) -> Schedule:
         """The schedule of a policy.
 
         Args:
-            name: `every`, `power` or `programmed`.
+            name: `every`, `power`, `dps` or `programmed`.
             interval: mean number of calls per refresh.
             corrected: whether `programmed` is for runs with the history correction; default: where it will be fitted.
         """
@@ -78,31 +84,46 @@ class ScheduleSearch:
             return every(calls, interval)
         if name == "power":
             return power_law(calls, interval)
+        if name == "dps":
+            changes = feature_changes(self._bench, self._settings, self._program, bounds_of(interval)[1])
+            return programmed(sum_of_costs(changes.values()), interval)
         return self._programmed(interval, "history" in self._settings.corrections if corrected is None else corrected)
+
+    def floor_facts(self, interval: int) -> FloorFacts:
+        """What the noise-floor rule needs to know about schedules with a mean interval."""
+        longest = bounds_of(interval)[1]
+        if longest not in self._facts:
+            self._bench.quantize_plainly()
+            self._facts[longest] = floor_facts(self._bench, self._settings, self._program, longest)
+        return self._facts[longest]
 
     def _programmed(self, interval: int, corrected: bool) -> Schedule:
         bench, settings, program = self._bench, self._settings, self._program
         calls, bounds = len(program.calls), (1, bounds_of(interval)[1])
         if self._sensitivities is None:
             self._sensitivities = sensitivities(bench, settings, program)
-        bench.quantize_plainly()
+        facts = self.floor_facts(interval)
         reuse = reuse_errors(bench, settings, program, interval)
         gains, even = reuse.gains(self._sensitivities), every(calls, interval)
         models = [
             reuse.costs(gains**damping, known, exponent)
             for known, exponent, damping in product((False, True), EXPONENTS, DAMPING)
         ]
-        history = reuse.history if corrected else None
-        runs = WholeRuns(bench, program, search_batches(bench, settings, program), history)
+        runs = WholeRuns(bench, program, search_batches(bench, settings, program), corrected)
         proposals = [power_law(calls, interval, power, at) for power, at in product(POWERS, (0.0, float(calls)))]
-        proposals = [even, *(p for p in proposals if math.isfinite(cost_of(models[0], p)))]
+        proposals = [p for p in proposals if math.isfinite(cost_of(models[0], p))]
         proposals += [programmed(costs, interval, bounds) for costs in models]
-        measured = {proposal: float(runs.error(proposal).mean()) for proposal in dict.fromkeys(proposals)}
+        measured = {
+            proposal: float(runs.error(proposal).mean())
+            for proposal in dict.fromkeys((even, *filter(facts.legal, proposals)))
+        }
         guess, start = closest_costs(models, measured), min(measured, key=measured.__getitem__)
-        best = improved(
-            start, calls, bounds[1], runs.error, SEARCH_RUNS, lambda refreshes: cost_of(guess, refreshes)
-        )
-        judge = WholeRuns(bench, program, check_batches(bench, settings, program), history)
+
+        def cost(refreshes: Schedule) -> float:
+            return cost_of(guess, refreshes) if facts.legal(refreshes) else math.inf
+
+        best = improved(start, calls, bounds[1], runs.error, SEARCH_RUNS, cost)
+        judge = runs.on(check_batches(bench, settings, program))
         return best if best == even or clearly_lower(judge.error(best), judge.error(even)) else even
 
 
@@ -113,29 +134,45 @@ class WholeRuns:
         bench: quantized.
         program: uncached.
         batches: to run.
-        history: corrects predictions, given a schedule; `None` for no correction.
+        corrected: whether each schedule runs with the history correction, fitted on the first batch.
+        fitted: where the correction comes from; default: these runs.
     """
 
     def __init__(
-        self, bench: VariantBench, program: StepProgram, batches: Sequence[TrajectoryBatch],
-        history: Callable[[Schedule], HistoryCorrection] | None,
+        self, bench: VariantBench, program: StepProgram, batches: Sequence[TrajectoryBatch], corrected: bool,
+        fitted: WholeRuns | None = None,
     ) -> None:
-        self._bench, self._program, self._batches, self._history = bench, program, batches, history
-        self._sample = bench.parts.manifest.denoiser.sample_input
-        loop = bench.loop("float", bench.identity_vectors(len(program.calls)))
-        self._wanted = [bench.run(loop, program, batch).astype(np.float64) for batch in batches]
+        self._bench, self._program, self._corrected, self._fitted = bench, program, corrected, fitted
+        self._references = [reference_of(bench, program, batch) for batch in batches]
         self._known: dict[Schedule, Errors] = {}
+        self._programs: dict[Schedule, StepProgram] = {}
+
+    def on(self, batches: Sequence[TrajectoryBatch]) -> WholeRuns:
+        """The same schedules, corrected as here, on other runs."""
+        return WholeRuns(self._bench, self._program, batches, self._corrected, self)
+
+    def program(self, refreshes: Schedule) -> StepProgram:
+        """The program of a schedule, with its correction."""
+        if self._fitted is not None:
+            return self._fitted.program(refreshes)
+        if refreshes not in self._programs:
+            cached = scheduled(self._bench, self._program, refreshes)
+            if self._corrected:
+                neutral = self._bench.identity_vectors(len(cached.calls))
+                history, _ = fit_history(self._bench, cached, neutral, refreshes, self._references[0])
+                sample = self._bench.parts.manifest.denoiser.sample_input
+                cached = correct_by_history(cached, history, refreshes, sample)
+            self._programs[refreshes] = cached
+        return self._programs[refreshes]
 
     def error(self, refreshes: Schedule) -> Errors:
         """Mean squared error of the final latents, per sample."""
         if refreshes not in self._known:
-            bench, program = self._bench, scheduled(self._bench, self._program, refreshes)
-            if self._history is not None:
-                program = correct_by_history(program, self._history(refreshes), refreshes, self._sample)
-            loop = bench.loop("quantized", bench.identity_vectors(len(program.calls)))
+            program = self.program(refreshes)
+            loop = self._bench.loop("quantized", self._bench.identity_vectors(len(program.calls)))
             squares = [
-                (bench.run(loop, program, batch) - wanted) ** 2
-                for batch, wanted in zip(self._batches, self._wanted, strict=True)
+                (self._bench.run(loop, program, reference.batch).astype(np.float64) - reference.final) ** 2
+                for reference in self._references
             ]
             self._known[refreshes] = np.concatenate([s.reshape(len(s), -1).mean(axis=1) for s in squares])
         return self._known[refreshes]
@@ -228,3 +265,52 @@ def sensitivities(bench: VariantBench, settings: CacheSettings, program: StepPro
         got = bench.run(loop, scheduled(bench, program, others), few)
         found[index] = float(np.sqrt(np.mean((got - wanted) ** 2)))
     return found
+
+
+def feature_changes(
+    bench: VariantBench, settings: CacheSettings, program: StepProgram, longest: int
+) -> dict[str, FeatureChanges]:
+    """How each cached feature of the float model moves along a few of its own trajectories.
+
+    Args:
+        bench: with the cuts.
+        settings: of the runs.
+        program: uncached.
+        longest: the largest group that is looked at.
+    """
+    changes = {name: FeatureChanges(len(program.calls), longest) for name in bench.set.features}
+    loop = bench.loop("float", bench.identity_vectors(len(program.calls)))
+
+    def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
+        for name, each in changes.items():
+            each.observe(seen.index, outputs[name].array)
+
+    for batch in few_batches(bench, settings, program, TRIED_SAMPLES, TRIED_BATCH):
+        bench.run(loop, program, batch, watch)
+    return changes
+
+
+def floor_facts(bench: VariantBench, settings: CacheSettings, program: StepProgram, longest: int) -> FloorFacts:
+    """How far features move and how noisy quantization makes them, on a few quantized runs without reuse.
+
+    Args:
+        bench: quantized.
+        settings: of the runs.
+        program: uncached.
+        longest: the largest group that is looked at.
+    """
+    names, calls = tuple(bench.set.features), len(program.calls)
+    changes = {name: FeatureChanges(calls, longest) for name in names}
+    error, power = np.zeros((len(names), calls)), np.zeros((len(names), calls))
+
+    def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
+        for row, name in enumerate(names):
+            wanted = taught(outputs, name)
+            changes[name].observe(seen.index, wanted)
+            error[row, seen.index] += float(np.sum((outputs[name].array.astype(np.float64) - wanted) ** 2))
+            power[row, seen.index] += float(np.sum(wanted.astype(np.float64) ** 2))
+
+    loop = bench.loop("taught", bench.identity_vectors(calls))
+    for batch in few_batches(bench, settings, program, TRIED_SAMPLES, TRIED_BATCH):
+        bench.run(loop, program, batch, watch)
+    return facts_of(changes.values(), error / np.maximum(power, TINY))

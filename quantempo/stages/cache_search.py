@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantempo.calib.cache.cost import Candidate, choose, loses_to_fewer_steps, pareto, predicted_ms
+from quantempo.calib.cache.noise_floor import judge
 from quantempo.contracts.cache import reuse_name
 from quantempo.contracts.program import StepProgram
 from quantempo.errors import RequestError
@@ -24,9 +25,16 @@ from quantempo.progress import Advance
 from quantempo.quality import Images, psnr_db
 from quantempo.stages.cache_corrections import fit_corrections
 from quantempo.stages.cache_images import decoder_of
-from quantempo.stages.cache_runs import CacheParts, CacheSettings, Mode, VariantBench, check_batches
+from quantempo.stages.cache_runs import (
+    CacheParts,
+    CacheSettings,
+    Mode,
+    VariantBench,
+    check_batches,
+    graph_corrections,
+)
 from quantempo.stages.cache_schedules import ScheduleSearch, scheduled
-from quantempo.stages.caching import feature_changes, parse_policy, variant_tables
+from quantempo.stages.caching import parse_policy, variant_tables
 
 AUTO, NONE = "auto", "none"
 CANDIDATES = tuple(f"{name}:{interval}" for interval in (2, 3, 4, 5) for name in ("every", "programmed"))
@@ -74,7 +82,7 @@ def search(
     """
     few = replace(settings, samples=min(SAMPLES, settings.samples), checks=min(CHECKS, settings.checks))
     few = replace(few, batch=min(few.batch, few.samples))
-    bench = VariantBench(parts, folder, {reuse_name(0): settings.cut}, "feature" in settings.corrections)
+    bench = VariantBench(parts, folder, {reuse_name(0): settings.cut}, graph_corrections(settings.corrections))
     try:
         trial = _Trial(bench, few, parts.exported.program(steps))
         known = list(CANDIDATES)
@@ -131,9 +139,8 @@ class _Trial:
         refreshes = self._schedules.schedule(name, interval)
         cached = scheduled(bench, plain, refreshes)
         bench.quantize(variant_tables(bench, settings, {plain.steps: cached}))
-        fit = fit_corrections(
-            bench, settings, plain, cached, refreshes, feature_changes(bench, settings, plain, 2 * interval)
-        )
+        floor = judge(refreshes, self._schedules.floor_facts(interval))
+        fit = fit_corrections(bench, settings, plain, cached, refreshes, floor)
         return self._candidate(policy, fit.program, fit.vectors)
 
     def fewer_steps(self, milliseconds: Sequence[float]) -> list[Candidate]:

@@ -43,7 +43,7 @@ FIT_REPORT = "report/cache.json"
 """Sidecar with what the fit measured."""
 MODULES = (
     "cache_corrections", "cache_cuts", "cache_images", "cache_runs", "cache_schedules", "cache_search", "cache_stage",
-    "caching", "dynamic_caching", "mask_caching", "teacher",
+    "caching", "closed_loop", "dynamic_caching", "mask_caching", "teacher",
 )
 SAMPLES, CHECKS = 64, 32
 """Trajectories to fit on and to judge by, at most; a recipe with fewer samples has fewer."""
@@ -177,16 +177,18 @@ def check_policy(text: str) -> None:
     else:
         known = (NONE, AUTO, *caching.POLICIES, *mask_caching.POLICIES, *dynamic_caching.POLICIES)
         raise _refuse(
-            "cache", text, "none, auto, every:N, power:N, programmed:N, masks:SHARE, greedy:SHARE, teacache:SHARE or "
-            "firstblock:SHARE", "a misspelling", nearest(name, known),
+            "cache", text, "none, auto, every:N, power:N, dps:N, programmed:N, masks:SHARE, greedy:SHARE, "
+            "teacache:SHARE or firstblock:SHARE", "a misspelling", nearest(name, known),
         )
 
 
 def cache_settings(parts: CacheParts, cut: Cut) -> CacheSettings:
     """What a recipe's compile fits."""
+    from quantempo.export.variants import consumed
+
     recipe, denoiser = parts.recipe, parts.manifest.denoiser
     return CacheSettings(
-        recipe.cache, cut, fitted_corrections(cut),
+        recipe.cache, cut, fitted_corrections(cut, consumed(parts.exported.graph, cut)),
         guidance=recipe.default_guidance if max(recipe.guidance) > 1 else 1.0,
         samples=min(SAMPLES, recipe.samples), checks=min(CHECKS, recipe.samples), batch=min(32, recipe.samples),
         labels=deal_labels(denoiser, recipe),
@@ -291,8 +293,7 @@ def _read(result: StageResult, parts: CacheParts, graphs: CacheGraphs, steps: tu
         return from_data(kind, parse_json(path.read_bytes(), str(path)), str(path))
 
     partition, plan = parts.table.partition, load(CachePlan, PLAN)
-    if set(plan.cuts.values()) != {graphs.cut}:
-        graphs = graphs.recut(parts.exported.graph, plan)
+    graphs = graphs.recut(parts.exported.graph, plan)
     return FittedCache(
         graphs, plan, {n: load(StepProgram, f"{n}.json") for n in steps},
         map_tensors(result.path(VECTORS)),

@@ -7,15 +7,15 @@ the prediction, then of the latents, each on the trajectory of the quantized, ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantempo.calib.cache.schedules import FeatureChanges, Schedule
+from quantempo.calib.cache.noise_floor import NoiseFloor, judge
+from quantempo.calib.cache.schedules import Schedule
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.tables import build_table
 from quantempo.contracts import cache as contract
@@ -27,11 +27,19 @@ from quantempo.contracts.table import ScaleTable
 from quantempo.errors import RequestError, nearest
 from quantempo.runtime.loop import Observation
 from quantempo.stages.cache_corrections import StepsFit, fit_corrections
-from quantempo.stages.cache_runs import CacheParts, CacheSettings, Float32s, VariantBench, fitting_runs
-from quantempo.stages.cache_schedules import TRIED_BATCH, TRIED_SAMPLES, ScheduleSearch, few_batches
+from quantempo.stages.cache_runs import (
+    CacheParts,
+    CacheSettings,
+    Corrected,
+    Float32s,
+    VariantBench,
+    fitting_runs,
+    graph_corrections,
+)
+from quantempo.stages.cache_schedules import ScheduleSearch
 from quantempo.stages.quantizers import activation_bits
 
-POLICIES = ("every", "power", "programmed")
+POLICIES = ("every", "power", "dps", "programmed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +70,12 @@ class Chosen:
     Args:
         refreshes: calls that compute everything.
         calls: variant by call.
+        floor: what quantization noise says about it.
     """
 
     refreshes: Schedule
     calls: tuple[str, ...]
+    floor: NoiseFloor | None = None
 
 
 def fit_cache(parts: CacheParts, settings: CacheSettings, folder: Path, steps: Sequence[int] = ()) -> CacheFit:
@@ -83,14 +93,15 @@ def fit_cache(parts: CacheParts, settings: CacheSettings, folder: Path, steps: S
     """
     name, interval = parse_policy(settings.policy)
     reuse = contract.reuse_name(0)
-    bench = VariantBench(parts, folder, {reuse: settings.cut}, "feature" in settings.corrections)
+    bench = VariantBench(parts, folder, {reuse: settings.cut}, graph_corrections(settings.corrections))
     try:
         chosen = {}
         for n in tuple(steps) or parts.recipe.steps:
             program = parts.exported.program(n)
-            refreshes = ScheduleSearch(bench, settings, program).schedule(name, interval)
+            search = ScheduleSearch(bench, settings, program)
+            refreshes = search.schedule(name, interval)
             calls = tuple(FULL if i in refreshes else reuse for i in range(len(program.calls)))
-            chosen[n] = Chosen(refreshes, calls)
+            chosen[n] = Chosen(refreshes, calls, judge(refreshes, search.floor_facts(interval)))
         return fit_chosen(bench, settings, {reuse: settings.cut}, chosen, {"interval": float(interval)})
     finally:
         bench.close()
@@ -117,14 +128,37 @@ def fit_chosen(
     bench.quantize(tables)
     fits = {}
     for n in counts:
-        refreshes = chosen[n].refreshes
-        longest = max(b - a for a, b in pairwise((*refreshes, len(plain[n].calls))))
-        changes = feature_changes(bench, settings, plain[n], longest)
-        fits[n] = fit_corrections(bench, settings, plain[n], cached[n], refreshes, changes)
+        fits[n] = fit_corrections(bench, settings, plain[n], cached[n], chosen[n].refreshes, chosen[n].floor)
+    plan = replace(plan, corrections=kept_corrections(fits.values()))
+    fits = {n: _without(fit, plan) for n, fit in fits.items()}
     programs = {n: _shifted(fits[n].program, plan.schedules[str(n)].row) for n in counts}
     check_cache_plan(plan, "cache plan")
     report = {"policy": settings.policy, "steps": {str(n): fit.report() for n, fit in fits.items()}}
     return CacheFit(plan, programs, stacked_vectors([fits[n] for n in counts]), tables, fits, report)
+
+
+def kept_corrections(fits: Iterable[StepsFit]) -> tuple[contract.CorrectionName, ...]:
+    """What the guard kept at any number of steps, as a plan lists it."""
+    kept = {name for fit in fits for name in fit.kept}
+    words: dict[Corrected, contract.CorrectionName] = {
+        "feature": "feature", "product": "product", "history": "prediction", "prediction": "prediction",
+        "noise": "prediction", "latents": "latents",
+    }
+    return tuple(sorted({words[name] for name in kept}))
+
+
+def _without(fit: StepsFit, plan: CachePlan) -> StepsFit:
+    """The fit without vectors of graph corrections that the plan has not kept: its graphs do not take them."""
+    dropped = {
+        name for name in fit.vectors if name.startswith(contract.FEATURE_STEM)
+        and ("product" if ".product." in name else "feature") not in plan.corrections
+    }  # fmt: skip
+    calls = [
+        replace(call, vectors={n: row for n, row in call.vectors.items() if n not in dropped})
+        for call in fit.program.calls
+    ]
+    vectors = {name: values for name, values in fit.vectors.items() if name not in dropped}
+    return replace(fit, program=replace(fit.program, calls=tuple(calls)), vectors=vectors)
 
 
 def stacked_vectors(fits: Sequence[StepsFit]) -> dict[str, Float32s]:
@@ -153,34 +187,11 @@ def parse_policy(text: str) -> tuple[str, int]:
     name, _, number = text.partition(":")
     if name not in POLICIES or not number.isdecimal() or int(number) < 1:
         raise RequestError(
-            "cache policy", found=repr(text), wanted="every:N, power:N or programmed:N, with N of at least 1",
+            "cache policy", found=repr(text), wanted="every:N, power:N, dps:N or programmed:N, with N of at least 1",
             cause="a misspelling" if name not in POLICIES else "the interval is missing or not a number",
             remedy=nearest(name, POLICIES) if name not in POLICIES else f"write for example {name}:2",
         )
     return name, int(number)
-
-
-def feature_changes(
-    bench: VariantBench, settings: CacheSettings, program: StepProgram, longest: int
-) -> dict[str, FeatureChanges]:
-    """How each cached feature of the float model moves along a few of its own trajectories.
-
-    Args:
-        bench: with the cuts.
-        settings: of the runs.
-        program: uncached.
-        longest: the largest group that is looked at.
-    """
-    changes = {name: FeatureChanges(len(program.calls), longest) for name in bench.set.features}
-    loop = bench.loop("float", bench.identity_vectors(len(program.calls)))
-
-    def watch(seen: Observation, outputs: Mapping[str, Buffer]) -> None:
-        for name, each in changes.items():
-            each.observe(seen.index, outputs[name].array)
-
-    for batch in few_batches(bench, settings, program, TRIED_SAMPLES, TRIED_BATCH):
-        bench.run(loop, program, batch, watch)
-    return changes
 
 
 def variant_tables(
@@ -245,7 +256,6 @@ def _plan(
     return CachePlan(
         model=parts.exported.graph_digest, scheduler=parts.exported.scheduler, config=parts.exported.scheduler_digest,
         policy=settings.policy, cuts=dict(cuts), schedules=made, parameters=dict(parameters),
-        corrections=tuple(sorted({"prediction" if c == "history" else c for c in settings.corrections})),
     )
 
 

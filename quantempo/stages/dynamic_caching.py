@@ -55,7 +55,7 @@ def fit_dynamic(
     reuse, probe = contract.reuse_name(0), probe_of(settings.policy, settings.cut)
     assert probe is not None
     counts = steps or parts.recipe.steps
-    bench = VariantBench(parts, folder, {reuse: settings.cut}, correct_features=False, probe=probe)
+    bench = VariantBench(parts, folder, {reuse: settings.cut}, (), probe)
     try:
         bench.quantize(dict.fromkeys(bench.set.variants, parts.table))
         records = {n: indicator_record(bench, settings, parts.exported.program(n)) for n in counts}

@@ -60,7 +60,7 @@ def fit_masks(parts: CacheParts, settings: CacheSettings, folder: Path, steps: S
             remedy="leave the cut out, or choose every:N for this model",
         )
     (folder / "choose").mkdir()
-    bench = VariantBench(parts, folder / "choose", {reuse_name(0): whole}, correct_features=False)
+    bench = VariantBench(parts, folder / "choose", {reuse_name(0): whole}, ())
     try:
         masks: dict[int, Masks] = {}
         for n in sorted(steps):
@@ -79,7 +79,7 @@ def fit_masks(parts: CacheParts, settings: CacheSettings, folder: Path, steps: S
         chosen[n] = Chosen(every(calls, INTERVAL), names[start : start + calls])
         start += calls
     (folder / "fit").mkdir()
-    bench = VariantBench(parts, folder / "fit", cuts, correct_features=False)
+    bench = VariantBench(parts, folder / "fit", cuts, ())
     try:
         return fit_chosen(bench, settings, cuts, chosen, {"interval": float(INTERVAL), "share": share})
     finally:

@@ -9,9 +9,9 @@ from quantempo.calib.cache.history import (
     BEFORE,
     LAST,
     HistoryCorrection,
-    HistoryFit,
-    HistoryReplay,
     correct_by_history,
+    fit_call,
+    identity,
 )
 from quantempo.calib.cache.program_rows import correct_prediction
 from quantempo.contracts.program import LATENTS, PREDICTION, Call, Correct, Lin, StepProgram, check_program
@@ -35,15 +35,22 @@ def _wanted(call: int, predictions: Floats, fed: Floats, coefficients: tuple[flo
     return sum(c * term for c, term in zip(coefficients, terms, strict=True))  # type: ignore[return-value]
 
 
-def _fit(coefficients: tuple[float, ...], noise: float = 0.0, runs: int = 2) -> HistoryCorrection:
-    fit = HistoryFit(CALLS, REFRESHES)
-    for run in range(runs):
-        predictions, fed = _run(run)
-        rng = np.random.default_rng([7, run])
-        for call in range(CALLS):
-            wanted = _wanted(call, predictions, fed, coefficients) + noise * rng.standard_normal(SHAPE)
-            fit.observe(call, predictions[call], fed[call], wanted, range(len(wanted)))
-    return fit.fit()
+def _terms(call: int, predictions: Floats, fed: Floats) -> tuple[Floats, ...]:
+    last = max(r for r in REFRESHES if r <= call)
+    before = max((r for r in REFRESHES if r < last), default=last)
+    return predictions[call], predictions[last], predictions[before], fed[call]
+
+
+def _fit(coefficients: tuple[float, ...], noise: float = 0.0, order: int = 1) -> HistoryCorrection:
+    found = np.tile(identity(), (CALLS, 1))
+    before, after = np.zeros(CALLS), np.zeros(CALLS)
+    predictions, fed = _run(0)
+    rng = np.random.default_rng(7)
+    for call in set(range(CALLS)) - set(REFRESHES):
+        wanted = _wanted(call, predictions, fed, coefficients) + noise * rng.standard_normal(SHAPE)
+        fitted = fit_call(_terms(call, predictions, fed), wanted, range(SHAPE[0]), order)
+        found[call], before[call], after[call] = fitted
+    return HistoryCorrection(found, before, after)
 
 
 def test_a_linear_relation_is_recovered() -> None:
@@ -64,6 +71,22 @@ def test_what_is_right_already_is_left_alone() -> None:
     assert not any(op.to == PREDICTION for call in program.calls for op in call.update)
 
 
+def test_order_zero_reads_no_earlier_refresh_and_still_fits_the_rest() -> None:
+    free, bound = _fit((0.5, 0.75, -0.25, 0.125)), _fit((0.5, 0.75, -0.25, 0.125), order=0)
+    for call in (3, 4, 6):
+        assert np.all(bound.coefficients[call, 1:3] == 0)
+        assert bound.coefficients[call, 3] != 0
+        assert free.after[call] < bound.after[call] < bound.before[call]
+
+
+def test_one_sample_leaves_nothing_to_judge_by() -> None:
+    predictions, fed = _run(0)
+    terms = tuple(term[:1] for term in _terms(3, predictions, fed))
+    coefficients, before, after = fit_call(terms, 2.0 * terms[0], range(1))
+    np.testing.assert_array_equal(coefficients, identity())
+    assert before == after > 0
+
+
 def test_held_out_error_never_rises() -> None:
     for noise in (0.1, 1.0, 10.0):
         found = _fit((0.9, 0.1, 0.0, 0.0), noise)
@@ -79,14 +102,13 @@ def _program() -> StepProgram:
     return StepProgram("DDIMScheduler", CALLS, calls)
 
 
-def test_program_and_replay_agree_with_the_formula() -> None:
+def test_the_program_agrees_with_the_formula() -> None:
     coefficients = (0.5, 0.75, -0.25, 0.125)
     fitted = _fit(coefficients)
     program = correct_by_history(_program(), fitted, REFRESHES)
     check_program(program, "test")
     assert set(program.registers()) == {LATENTS, LAST, BEFORE}
     registers = Registers(program.registers(), SHAPE)
-    replay = HistoryReplay(fitted, REFRESHES)
     predictions, _ = _run(9)
     rng = np.random.default_rng(3)
     registers[LATENTS][...] = rng.standard_normal(SHAPE)
@@ -95,14 +117,12 @@ def test_program_and_replay_agree_with_the_formula() -> None:
         registers.place(PREDICTION, predictions[index].astype(np.float32))
         for op in call.update:
             registers.apply(op, PhiloxNoise(()))
-        made = replay(index, predictions[index], 2.0 * latents)
         if index in REFRESHES:
             wanted = predictions[index]
         else:
             fed = np.stack([2.0 * latents.astype(np.float64)] * CALLS)
             wanted = _wanted(index, predictions, fed, tuple(fitted.coefficients[index]))
         np.testing.assert_allclose(registers[PREDICTION], wanted, atol=1e-5)
-        np.testing.assert_allclose(made, wanted, atol=1e-5)
         np.testing.assert_allclose(registers[LATENTS], latents - 0.5 * wanted, atol=1e-5)
 
 

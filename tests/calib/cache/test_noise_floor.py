@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantempo.calib.cache.noise_floor import judge, relative_changes
+from quantempo.calib.cache import noise_floor
+from quantempo.calib.cache.noise_floor import FloorFacts, facts_of, judge, relative_changes
 from quantempo.calib.cache.schedules import FeatureChanges
 
 
@@ -21,36 +22,41 @@ def test_relative_change_is_that_of_the_definition() -> None:
     assert np.isinf(relative[10, 5])
 
 
-def test_noise_above_the_change_forbids_extrapolation() -> None:
-    curvature = np.full(12, 1e-6)
-    loud = judge((0, 3, 6, 9), _drift(), [1.0] * 12, curvature)
-    assert {e.order for e in loud.entries} == {0}
-    quiet = judge((0, 3, 6, 9), _drift(), [1e-9] * 12, curvature)
-    assert {e.order for e in quiet.entries if e.refresh} == {1}
-    assert {e.order for e in quiet.entries if not e.refresh} == {0}  # no two refreshes yet
+def _facts(noise: float | list[float], calls: int = 12) -> FloorFacts:
+    each = [noise] * calls if isinstance(noise, float) else noise
+    return facts_of([_drift(calls)], [each])
 
 
-def test_extrapolation_that_multiplies_the_noise_beyond_its_gain_is_not_taken() -> None:
-    entry = judge((0, 3, 6), _drift(), [0.006] * 12, np.zeros(12)).entries[2]
-    assert (entry.call, entry.refresh) == (4, 3)
-    assert entry.multiplied == pytest.approx(0.006 * ((4 / 3) ** 2 + (1 / 3) ** 2))
-    assert entry.change > entry.noise
-    assert entry.order == int(entry.multiplied < entry.change + entry.noise)
+def test_noise_above_the_change_leaves_earlier_refreshes_out() -> None:
+    assert {e.order for e in judge((0, 3, 6, 9), _facts(1.0)).entries} == {0}
+    assert {e.order for e in judge((0, 3, 6, 9), _facts(1e-9)).entries} == {1}
+    # 4·sin²(0.05·k) is 0.0100 and 0.0399 for k = 1 and 2
+    assert [e.order for e in judge((0, 3), _facts(0.02)).entries][:2] == [0, 1]
 
 
-def test_cap_follows_from_noise_and_tolerance() -> None:
+def test_reach_follows_from_the_change_and_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def cap(noise: float, tolerance: float) -> int:
-        return judge((0, 6), _drift(), [noise] * 12, tolerance=tolerance).max_consecutive
+        monkeypatch.setattr(noise_floor, "TOLERANCE", tolerance)
+        return judge((0, 6), _facts(noise)).max_consecutive
 
     # 4·sin²(0.05·k) is 0.0100, 0.0399, 0.0893, 0.1579 for k = 1 to 4
     assert cap(0.0, 0.05) == 2
     assert cap(0.0, 0.005) == 0
     assert cap(0.1, 0.005) == 3  # below the noise a reuse costs nothing
     assert cap(0.0, 100.0) == 11
-    assert cap(0.0, 0.09) >= cap(0.0, 0.05)
+    monkeypatch.setattr(noise_floor, "TOLERANCE", 0.05)
+    assert _facts(0.0).legal((0, 3, 6, 9))
+    assert not _facts(0.0).legal((0, 4, 6, 9))
+    assert _facts(0.0).cap() == 2
+    assert _facts(0.1).cap() == 3
 
 
-def test_without_curvature_everything_is_order_zero_and_all_inputs_are_recorded() -> None:
-    found = judge((0, 2), _drift(4), [0.1, 0.2, 0.3, 0.4])
-    assert [(e.call, e.refresh, e.noise, e.order) for e in found.entries] == [(1, 0, 0.1, 0), (3, 2, 0.3, 0)]
-    assert all(e.curvature is None for e in found.entries)
+def test_all_inputs_are_recorded_and_features_count_alike() -> None:
+    found = judge((0, 2), _facts([0.1, 0.2, 0.3, 0.4], 4))
+    assert [(e.call, e.refresh, e.noise) for e in found.entries] == [(1, 0, 0.1), (3, 2, 0.3)]
+    large = FeatureChanges(4, 4)
+    for call in range(4):
+        large.observe(call, 1e3 * np.ones((1, 50)) * (1 + call))
+    both = facts_of([_drift(4), large], [[0.1] * 4, [0.3] * 4])
+    assert both.noise[0] == pytest.approx(0.2)
+    assert both.changes[0, 1] == pytest.approx((4 * np.sin(0.05) ** 2 + 0.25) / 2, rel=1e-9)

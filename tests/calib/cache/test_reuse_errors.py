@@ -48,20 +48,6 @@ def test_an_error_that_the_history_explains_costs_nothing_once_corrected() -> No
     assert np.nanmax(errors.errors(corrected=True)) < 1e-6 * np.nanmax(errors.errors(corrected=False))
 
 
-def test_history_has_the_coefficients_of_the_refreshes_that_a_schedule_has() -> None:
-    wanted = np.zeros((CALLS, 4))
-    noise = np.zeros_like(NOISE)
-    schedule = (0, 1, 4, 6)
-    for call, refresh, before in ((2, 1, 0), (3, 1, 0), (5, 4, 1), (7, 6, 4)):
-        noise[call, refresh] = 0.3 * PREDICTIONS[refresh] - 0.2 * FED[call] - 0.1 * PREDICTIONS[before]
-        wanted[call] = (1.0, -0.3, 0.1, 0.2)
-    for call in schedule:
-        wanted[call] = (1.0, 0.0, 0.0, 0.0)
-    np.testing.assert_allclose(observed(noise).history(schedule).coefficients, wanted, atol=1e-4)
-    untried = ReuseErrors(CALLS, LONGEST, INTERVAL).history(schedule)
-    assert untried.kept == 0
-
-
 def test_gains_turn_errors_of_predictions_into_errors_of_final_latents() -> None:
     errors = observed()
     single = errors.errors(corrected=False)[:, 1]

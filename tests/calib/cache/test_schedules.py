@@ -9,7 +9,6 @@ import pytest
 from quantempo.calib.cache.schedules import (
     FeatureChanges,
     bounds_of,
-    capped,
     check_schedule,
     clearly_lower,
     cost_of,
@@ -19,6 +18,7 @@ from quantempo.calib.cache.schedules import (
     programmed,
     serving,
     shifted,
+    sum_of_costs,
 )
 from quantempo.errors import RequestError
 
@@ -81,20 +81,6 @@ def test_last_group_is_shortened_where_the_bounds_cannot_tile_the_program() -> N
         programmed(costs, 3, bounds=(1, 2))
 
 
-def test_sensitivities_move_refreshes_to_the_calls_that_matter() -> None:
-    changes = _walk(12, seed=5)
-    late = programmed(changes.costs([0.01] * 6 + [10.0] * 6), 3)
-    early = programmed(changes.costs([10.0] * 6 + [0.01] * 6), 3)
-    assert sum(c >= 6 for c in late) > sum(c >= 6 for c in early)
-
-
-def test_sensitivities_are_the_cost_of_reusing_the_call_before() -> None:
-    costs = _walk(8).costs(list(range(8)))
-    for call in range(1, 8):
-        assert costs[call - 1, call + 1] == pytest.approx(call)
-        assert costs[call, call + 1] == 0.0
-
-
 def test_streaming_equals_all_pairs_at_once() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((8, 4, 3)).astype(np.float32)
@@ -151,10 +137,27 @@ def test_power_law_is_denser_near_its_centre() -> None:
     assert middle[len(middle) // 2] < min(middle[0], middle[-1])
 
 
-def test_cap_adds_the_fewest_refreshes() -> None:
-    assert capped((0, 9), 12, 2) == (0, 3, 6, 9)
-    assert capped((0, 2, 4), 6, 1) == (0, 2, 4)
-    assert capped((0,), 4, 0) == (0, 1, 2, 3)
+def test_costs_of_several_features_are_relative_to_their_sizes() -> None:
+    one, small, large = _walk(8, seed=1), FeatureChanges(8, 8), FeatureChanges(8, 8)
+    rng = np.random.default_rng(2)
+    for call in range(8):
+        x = rng.standard_normal((2, 5)) * (1 + call)
+        small.observe(call, x)
+        large.observe(call, 1e3 * x)
+    np.testing.assert_allclose(sum_of_costs([one, small])[0, :6], sum_of_costs([one, large])[0, :6])
+    assert cost_of(sum_of_costs([one, one]), (0, 3)) == pytest.approx(2 * cost_of(sum_of_costs([one]), (0, 3)))
+
+
+def test_moves_that_a_guess_rules_out_are_never_measured() -> None:
+    asked = []
+
+    def error(refreshes: tuple[int, ...]) -> np.ndarray:
+        asked.append(refreshes)
+        return np.array([float(-sum(refreshes))] * 4)
+
+    found = improved((0, 2, 4), 8, 8, error, 50, lambda r: math.inf if r[1] > 3 else 1.0)
+    assert all(refreshes[1] <= 3 for refreshes in asked)
+    assert found == (0, 3, 7)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_impossible_schedules_are_refused(refreshes: tuple[int, ...], words: str
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for make in (lambda: every(5, 0), lambda: power_law(5, 2, 0.5), lambda: capped((0,), 5, -1)):
+    for make in (lambda: every(5, 0), lambda: power_law(5, 2, 0.5)):
         with pytest.raises(RequestError, match="cache schedule"):
             make()
 
