@@ -9,10 +9,13 @@ Every variant runs the same held-out seeds, whose final latents are compared wit
 number of steps.  Cases that the JSON file holds already are left out, and of the others what the folder WORK holds, so
 an interrupted run goes on where it stopped.
 
-*naive* is INT8 with groups and reuse at every N-th call, nothing else: one scale table, no corrections.  *programmed*
-has the schedule that is best without corrections instead; *full* is what `compile --cache programmed:N` makes: the
-schedule that is best with corrections, its own scales, and all corrections that the guard keeps; *even* has them on the
-even schedule.
+The rows are nested.  *naive* is INT8 with groups and reuse at every N-th call, nothing else: one scale table and no
+corrections.  *programmed* has the schedule that is best without corrections instead.  *corrected* has that schedule,
+scales of its own for reusing calls, and all corrections that the guard keeps.  *full* is what
+`compile --cache programmed:N` makes: the same, with the schedule that is best with corrections.  Further rows on
+demand: *dps* is CacheQuant's schedule, without corrections; *even* has the corrections on the even schedule; *shared*
+and *apart* are *full* with the model's own scales everywhere, and with scales of their own for refreshing calls too;
+*uncached* is INT8.
 
 `equal-time` compares the 50-step rows with the float model at as many steps as fit in the same time, at batch 32; `tap`
 compares calibration samples chosen from cached trajectories with uniform draws; `dynamic` runs the policies that decide
@@ -39,7 +42,10 @@ from caching_results import Latents, compare, interval_of, read, write
 from numpy.typing import NDArray
 from quality import FIRST_SEED, SOURCES
 
-from quantempo.calib.cache.schedules import every
+from quantempo.calib.cache.history import HistoryCorrection, correct_by_history
+from quantempo.calib.cache.noise_floor import judge
+from quantempo.calib.cache.program_rows import LATENTS_VECTORS, PREDICTION_VECTORS, correct_every_call
+from quantempo.calib.cache.schedules import Schedule, every
 from quantempo.calib.cache.tap import select
 from quantempo.calib.collect import StatsCollector
 from quantempo.calib.tables import build_table
@@ -48,10 +54,11 @@ from quantempo.contracts.cache import FULL, Cut, reuse_name
 from quantempo.contracts.codec import canonical_json, digest
 from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.partition import Partition
-from quantempo.contracts.program import StepProgram
+from quantempo.contracts.program import LATENTS, PREDICTION, StepProgram
 from quantempo.engines.registry import open_engine
 from quantempo.export.graph_files import write_graphs
 from quantempo.export.lower_ort import lower_ort
+from quantempo.export.variants import consumed
 from quantempo.pipeline import open_parts
 from quantempo.progress import console_progress
 from quantempo.quality import psnr_db
@@ -66,15 +73,19 @@ from quantempo.stages.cache_runs import (
     VariantBench,
     fitted_corrections,
     fitting_batches,
+    graph_corrections,
 )
 from quantempo.stages.cache_schedules import ScheduleSearch, scheduled
-from quantempo.stages.caching import feature_changes, variant_tables
+from quantempo.stages.cache_stage import CHECKS, SAMPLES
+from quantempo.stages.caching import variant_tables
 from quantempo.stages.conditioning import deal_labels
 from quantempo.stages.dynamic_caching import fit_dynamic
 from quantempo.stages.quantizers import activation_bits
 from quantempo.stages.store import open_store
 from quantempo.stages.teacher import GIVEN
 
+ROWS = ("naive", "programmed", "corrected", "full")
+MORE_ROWS = ("dps", "even", "shared", "apart", "uncached")
 CASES = ((20, 2), (20, 3), (50, 3), (50, 2), (50, 5))
 LABELS = 256
 """As many as the demo recipes calibrate with, whatever `--calibration` says: held-out runs take the first of them."""
@@ -161,12 +172,10 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, help="trajectories that scales are from; default: the recipe's")
     parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS",
                         help="of CPU time: stop after the part in work; the same command goes on there")
-    parser.add_argument("--fit", type=int, default=32, help="trajectories that corrections are fitted on")
-    parser.add_argument("--checks", type=int, default=16, help="trajectories that the guard judges by")
+    parser.add_argument("--fit", type=int, default=SAMPLES, help="trajectories that corrections are fitted on")
+    parser.add_argument("--checks", type=int, default=CHECKS, help="trajectories that the guard judges by")
     parser.add_argument("--cases", nargs="+", default=[f"{s}:{n}" for s, n in CASES], help="STEPS:N or STEPS:N:SAMPLES")
-    parser.add_argument("--without-full", action="store_true", help="leave the corrected runs for later")
-    parser.add_argument("--even", action="store_true", help="also corrections on the even schedule")
-    parser.add_argument("--uncached", action="store_true", help="also INT8 without caching")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=[*ROWS, *MORE_ROWS], help="variants")
     parser.add_argument("--rounds", type=int, default=3, help="of `times`")
     parser.add_argument("--count", type=int, default=64, help="samples that `tap` selects")
     parser.add_argument("--draws", type=int, default=8, help="selections of `tap`")
@@ -196,8 +205,8 @@ def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
     )
     with open_store(args.work, console_progress()) as store:
         parts, graphs, keys = open_parts(store, Path(model), scheduler, recipe)
-    corrections = fitted_corrections(graphs.cut)
-    bench = VariantBench(parts, folder, {reuse_name(0): graphs.cut}, "feature" in corrections)
+    corrections = fitted_corrections(graphs.cut, consumed(parts.exported.graph, graphs.cut))
+    bench = VariantBench(parts, folder, {reuse_name(0): graphs.cut}, graph_corrections(corrections))
     settings = CacheSettings(
         "every:2", graphs.cut, corrections, samples=args.fit, checks=args.checks, batch=min(32, args.fit),
         labels=deal_labels(parts.manifest.denoiser, dataclasses.replace(parts.recipe, samples=LABELS)),
@@ -211,22 +220,23 @@ def measure_case(subject: Subject, steps: int, interval: int, args: argparse.Nam
     """One number of steps and one interval: all variants that the file does not hold yet."""
     key = f"{subject.name} {steps} steps, N={interval}{f', {args.cut}' if args.cut else ''}"
     done = read(args.json).get("quality", {}).get(key, {})
-    wanted = ["naive", "programmed", *([] if args.without_full else ["full"])]
-    wanted += [name for name in ("even", "uncached") if getattr(args, name)]
+    wanted = list(args.rows)
     if set(wanted) <= set(done.get("variants", {})) and done.get("samples") == subject.samples:
         return
+    wanted += [name for name in done.get("variants", {}) if name not in wanted]
     settings, plain = subject.settings, subject.parts.exported.program(steps)
     reference = subject.reference(plain)
     case = Case(subject, plain, interval)
     made = {name: case.latents(name) for name in wanted}
     row = {
         "samples": subject.samples, "steps": steps, "interval": interval, "guidance": settings.guidance,
-        "cut": subject.cut.kind, "guard": case.known["guard"], "fitted_on": settings.samples,
-        "programmed": case.schedule(False), "full": case.known["schedules"].get("corrected"),
+        "cut": subject.cut.kind, "guard": case.known["guard"], "kept": case.known["kept"],
+        "fitted_on": settings.samples, "schedules": case.known["schedules"],
         **compare(decoder_of(subject.parts), made, reference),
         "command": f"python benchmarks/caching.py --model {args.model} --cases {steps}:{interval} --samples "
         f"{subject.samples} --fit {args.fit} --checks {args.checks}" + (f" --cut {args.cut}" if args.cut else "")
-        + (f" --calibration {args.calibration}" if args.calibration else ""),
+        + (f" --calibration {args.calibration}" if args.calibration else "")
+        + (f" --rows {' '.join(wanted)}" if tuple(wanted) != ROWS else ""),
     }
     results = read(args.json)
     results.setdefault("quality", {})[key] = row
@@ -248,18 +258,17 @@ class Case:
         self.subject, self.plain, self.interval = subject, plain, interval
         self._folder = subject.folder and subject.folder / f"{plain.steps}-{interval}"
         self._file = self._folder and self._folder / "known.json"
-        self.known: dict[str, Any] = {"guard": {}, "schedules": {}, **read(self._file)}
+        self.known: dict[str, Any] = {"guard": {}, "kept": {}, "schedules": {}, **read(self._file)}
 
-    def schedule(self, corrected: bool) -> list[int]:
-        """The programmed schedule for runs with or without corrections."""
-        name = "corrected" if corrected else "plain"
+    def schedule(self, name: str) -> Schedule:
+        """A schedule: `even`, `dps`, or `plain` and `corrected`, the programmed ones without and with corrections."""
         if name not in self.known["schedules"]:
             self.subject.pause()
-            found = self.subject.schedules(self.plain).schedule("programmed", self.interval, corrected)
-            self.known["schedules"][name] = list(found)
+            search = self.subject.schedules(self.plain)
+            policy = {"even": "every", "dps": "dps"}.get(name, "programmed")
+            self.known["schedules"][name] = list(search.schedule(policy, self.interval, name == "corrected"))
             self._keep()
-        kept: list[int] = self.known["schedules"][name]
-        return kept
+        return tuple(self.known["schedules"][name])
 
     def latents(self, name: str) -> Latents:
         """Final latents of a variant's held-out runs."""
@@ -268,20 +277,32 @@ class Case:
 
     def _run(self, name: str) -> Latents:
         subject, bench, plain = self.subject, self.subject.bench, self.plain
-        even = every(len(plain.calls), self.interval)
-        refreshes = {
-            "uncached": lambda: tuple(range(len(plain.calls))), "naive": lambda: even, "even": lambda: even,
-            "programmed": lambda: tuple(self.schedule(False)), "full": lambda: tuple(self.schedule(True)),
-        }[name]()
+        if name == "uncached":
+            bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
+            return subject.latents("quantized", plain)
+        which = {"naive": "even", "even": "even", "dps": "dps", "programmed": "plain", "corrected": "plain"}
+        refreshes = self.schedule(which.get(name, "corrected"))
         subject.pause()
         cached = scheduled(bench, plain, refreshes)
-        if name not in ("full", "even"):
+        if name in ("naive", "programmed", "dps"):
             bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
-            return subject.latents("quantized", plain if name == "uncached" else cached)
-        changes = feature_changes(bench, subject.settings, plain, 2 * self.interval)
-        bench.quantize(variant_tables(bench, subject.settings, {plain.steps: cached}))
-        fit = fit_corrections(bench, subject.settings, plain, cached, refreshes, changes)
+            return subject.latents("quantized", cached)
+        twins = {"corrected": "full", "full": "corrected"}
+        if name in twins and self.schedule("plain") == self.schedule("corrected"):
+            twin = self._folder and self._folder / f"{twins[name]}-{subject.samples}.npy"
+            if twin is not None and twin.exists():
+                for kind in ("guard", "kept"):
+                    self.known[kind][name] = self.known[kind][twins[name]]
+                self._keep()
+                found: Latents = np.load(twin)
+                return found
+        floor = judge(refreshes, subject.schedules(plain).floor_facts(self.interval))
+        scales: Any = {"shared": "shared", "apart": "apart"}.get(name, "reuse")
+        settings = replace(subject.settings, scales=scales)
+        bench.quantize(variant_tables(bench, settings, {plain.steps: cached}))
+        fit = fit_corrections(bench, settings, plain, cached, refreshes, floor)
         self.known["guard"][name] = fit.report()["final_latent_mse"]
+        self.known["kept"][name] = list(fit.kept)
         self._keep()
         return subject.latents("quantized", fit.program, fit.vectors)
 
@@ -292,26 +313,59 @@ class Case:
 
 
 def times(subject: Subject, args: argparse.Namespace) -> None:
-    """Milliseconds of whole runs of 32 guided samples at 50 steps: INT8 with reuse, INT8, and float."""
-    bench, plain = subject.bench, subject.parts.exported.program(50)
-    bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
+    """Milliseconds of whole runs of 32 guided samples at 50 steps: INT8 with reuse, INT8, and float.
+
+    Reusing programs have the operations of their corrections: linear forms at reusing calls, gain and bias of every
+    prediction, and in the graph what the guard kept in the 50-step rows.  The numbers in them do not matter.
+    """
+    plain = subject.parts.exported.program(50)
     batch = replace(subject, samples=32, batch=32).batches(plain)[0]
-    neutral = bench.identity_vectors(len(plain.calls))
-    programs = {f"N={n}": ("quantized", scheduled(bench, plain, every(50, n))) for n in (2, 3, 5)}
-    runs: dict[str, tuple[Any, StepProgram]] = {"float": ("float", plain), "int8": ("quantized", plain), **programs}
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(args.rounds + 1):
-        for name, (mode, program) in runs.items():
-            loop = bench.loop(mode, neutral)
-            started = time.perf_counter()
-            bench.run(loop, program, batch)
-            if turn:
-                found[name].append(1e3 * (time.perf_counter() - started))
+    quality = read(args.json)["quality"]
+    kept = {name for n in (2, 3, 5) for name in quality.get(f"{subject.name} 50 steps, N={n}", {}).get("kept", {}).get(
+        "full", ())}  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+        bench = VariantBench(subject.parts, Path(folder), {reuse_name(0): subject.cut}, graph_corrections(kept))
+        bench.quantize_plainly()
+        there, vectors = replace(subject, bench=bench), corrected_vectors(bench, 50)
+        runs: dict[str, tuple[Any, StepProgram]] = {"float": ("float", plain), "int8": ("quantized", plain)}
+        runs |= {f"N={n}": ("quantized", corrected_program(there, plain, every(50, n), kept)) for n in (2, 3, 5)}
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(args.rounds + 1):
+            for name, (mode, program) in runs.items():
+                loop = bench.loop(mode, vectors)
+                started = time.perf_counter()
+                bench.run(loop, program, batch)
+                if turn:
+                    found[name].append(1e3 * (time.perf_counter() - started))
+        bench.close()
     made = {name: statistics.median(values) for name, values in found.items()}
     results = read(args.json)
-    results.setdefault("times", {})[subject.name] = {"batch": 32, "steps": 50, "ms": made}
+    results.setdefault("times", {})[subject.name] = {"batch": 32, "steps": 50, "ms": made, "corrections": sorted(kept)}
     write(args.json, results)
     print(made)
+
+
+def corrected_program(subject: Subject, plain: StepProgram, refreshes: Schedule, kept: set[str]) -> StepProgram:
+    """A program with all operations that corrections of its predictions add."""
+    program = scheduled(subject.bench, plain, refreshes)
+    calls = len(plain.calls)
+    if "history" in kept:
+        history = HistoryCorrection(np.tile([1.0, 0.1, -0.1, 0.01], (calls, 1)), np.ones(calls), np.ones(calls))
+        sample = subject.parts.manifest.denoiser.sample_input
+        program = correct_by_history(program, history, refreshes, sample)
+    for name, register, rows in (("prediction", PREDICTION, PREDICTION_VECTORS), ("latents", LATENTS, LATENTS_VECTORS)):
+        if name in kept:
+            program = correct_every_call(program, register, rows)
+    return program
+
+
+def corrected_vectors(bench: VariantBench, calls: int) -> dict[str, NDArray[np.float32]]:
+    """Gains of 1 and biases of 0 for everything that a program may correct."""
+    channels = bench.parts.manifest.denoiser.latents_shape[0]
+    found = bench.identity_vectors(calls)
+    for gain, bias in (PREDICTION_VECTORS, LATENTS_VECTORS):
+        found[gain], found[bias] = np.ones((calls, channels), np.float32), np.zeros((calls, channels), np.float32)
+    return found
 
 
 def equal_time(subject: Subject, args: argparse.Namespace) -> None:
@@ -324,15 +378,14 @@ def equal_time(subject: Subject, args: argparse.Namespace) -> None:
     rows = {}
     for interval in (2, 3, 5):
         row = results["quality"].get(f"{subject.name} 50 steps, N={interval}")
-        if row is None or not row["variants"].keys() & {"full", "even"}:
+        if row is None or "full" not in row["variants"]:
             continue
         steps = math.ceil(50 * ms[f"N={interval}"] / ms["float"])
         images = decode(subject.reference(subject.parts.exported.program(steps)))
         rival = float(psnr_db(images, reference).mean())
-        name = max(row["variants"].keys() & {"full", "even"}, key=lambda n: row["variants"][n]["psnr_db"])
-        best = row["variants"][name]["psnr_db"]
+        best = row["variants"]["full"]["psnr_db"]
         rows[f"N={interval}"] = {
-            "float_steps": steps, "float_psnr_db": rival, "variant": name, "psnr_db": best, "gain_db": best - rival,
+            "float_steps": steps, "float_psnr_db": rival, "psnr_db": best, "gain_db": best - rival,
             "samples": subject.samples, "ms": ms[f"N={interval}"], "float_ms": steps * ms["float"] / 50,
         }
     results = read(args.json)
@@ -351,7 +404,7 @@ def dynamic(subject: Subject, args: argparse.Namespace) -> None:
             asked = replace(subject.settings, policy=policy)
             fit = fit_dynamic(subject.parts, asked, Path(folder), (20,))
             (Path(folder) / "bench").mkdir()
-            bench = VariantBench(subject.parts, Path(folder) / "bench", fit.plan.cuts, False, fit.plan.probe)
+            bench = VariantBench(subject.parts, Path(folder) / "bench", fit.plan.cuts, (), fit.plan.probe)
             bench.quantize(dict.fromkeys(bench.set.variants, subject.parts.table))
             there = replace(subject, bench=bench)
             shares = {}

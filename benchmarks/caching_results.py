@@ -14,6 +14,10 @@ from quantempo.quality import Images, psnr_db
 
 Latents = NDArray[np.float64]
 RESAMPLES = 2000
+PAIRS = (
+    ("naive", "programmed"), ("programmed", "corrected"), ("corrected", "full"), ("naive", "full"), ("naive", "even"),
+    ("naive", "dps"), ("shared", "full"), ("apart", "full"),
+)
 
 
 def compare(
@@ -27,7 +31,7 @@ def compare(
         name: {"final_latent_mse": float(errors[name].mean()), "psnr_db": float(psnr[name].mean())} for name in made
     }
     paired = {}
-    for worse, better in (("naive", "programmed"), ("programmed", "full"), ("naive", "full"), ("naive", "even")):
+    for worse, better in PAIRS:
         if worse in made and better in made:
             paired[f"{worse} - {better}"] = {
                 "final_latent_mse": interval_of(errors[worse] - errors[better]),

@@ -9,25 +9,44 @@ def cached(results: dict[str, Any]) -> str:
     """Feature caching on the demo models."""
     lines = [
         "## Feature caching, fidelity", "", "```bash",
-        "python benchmarks/caching.py --model dit --json docs/caching.json", "```", "",
+        *sorted(row["command"] + " --json docs/caching.json" for row in results.get("quality", {}).values()),
+        *(f"python benchmarks/caching.py --model {model} --part {part} --json docs/caching.json"
+          for part, words in (("times", "times"), ("equal-time", "equal_time"), ("dynamic", "dynamic"), ("tap", "tap"))
+          for model in sorted(results.get(words, {}))),
+        "```", "",
         "INT8 with reuse against float at the same steps, guidance 1.5, held-out seeds; mean squared error of final",
         "latents and, in brackets, PSNR of the images.  *Naive*: reuse at every N-th call and nothing else;",
-        "*programmed*: the measured schedule; *full*: with scales and corrections too.  Gains are paired, with 95 %",
-        "intervals over seeds.", "",
-        "| case | seeds | naive | programmed | full | gain of the schedule, dB | of everything, dB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "*programmed*: the schedule that whole runs without corrections like best; *corrected*: on that same schedule,",
+        "scales of reusing calls and corrections; *full*: these on the schedule that runs with corrections like best,",
+        "which is what `compile --cache programmed:N` makes.  Gains are paired, in dB, with 95 % intervals over seeds.",
+        "", "| case | seeds | naive | programmed | corrected | full | gain of the schedule | of everything |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
     for name, row in sorted(results.get("quality", {}).items()):
-        cells = [
-            f"{row['variants'][v]['final_latent_mse']:.2e} ({row['variants'][v]['psnr_db']:.2f} dB)"
-            if v in row["variants"] else "not measured"
-            for v in ("naive", "programmed", "full")
-        ]
+        cells = [cell(row, v) for v in ("naive", "programmed", "corrected", "full")]
         gains = [
             "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["paired"][pair]["gain_db"]) if pair in row["paired"] else "–"
             for pair in ("naive - programmed", "naive - full")
         ]
         lines.append(f"| {name} | {row['samples']} | {' | '.join(cells)} | {' | '.join(gains)} |")
+    lines += ["", "Differences of final-latent error with 95 % intervals (times 1e-4), and what the guard kept:", ""]
+    pairs = ("naive - programmed", "programmed - corrected", "naive - full")
+    lines += [f"| case | {' | '.join(pairs)} | kept |", "| --- | --- | --- | --- | --- |"]
+    for name, row in sorted(results.get("quality", {}).items()):
+        spans = [
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*(1e4 * v for v in row["paired"][pair]["final_latent_mse"]))
+            if pair in row["paired"] else "–"
+            for pair in pairs
+        ]
+        lines.append(f"| {name} | {' | '.join(spans)} | {', '.join(row.get('kept', {}).get('full', ()))} |")
+    lines += more_rows(results)
+    lines += ["", "Calls that refresh (*even* where that was chosen):", ""]
+    for name, row in sorted(results.get("quality", {}).items()):
+        for label, key in (("programmed", "plain"), ("full", "corrected")):
+            found = row.get("schedules", {}).get(key)
+            if found is not None:
+                even = found == list(range(0, row["steps"], row["interval"]))
+                lines.append(f"- {name}, {label}: {'even' if even else ' '.join(map(str, found))}")
     for model, rows in results.get("equal_time", {}).items():
         for name, row in rows.items():
             lines += ["", (
@@ -44,6 +63,32 @@ def cached(results: dict[str, Any]) -> str:
             f"{100 * row['relative']:+.2f} % lower ({row['draws']} draws of {row['selected']} from {row['pool']})."
         )]  # fmt: skip
     return "\n".join([*lines, ""])
+
+
+def cell(row: dict[str, Any], variant: str) -> str:
+    """Error and PSNR of one variant."""
+    if variant not in row["variants"]:
+        return "not measured"
+    found = row["variants"][variant]
+    return f"{found['final_latent_mse']:.2e} ({found['psnr_db']:.2f} dB)"
+
+
+MORE = {
+    "dps": "the schedule of least change of features (CacheQuant), no corrections",
+    "even": "scales and corrections on the even schedule",
+    "shared": "*full* with the model's own scales for reusing calls too",
+    "apart": "*full* with scales of their own for refreshing calls too",
+    "uncached": "INT8 without caching",
+}
+
+
+def more_rows(results: dict[str, Any]) -> list[str]:
+    """Variants beside the nested ones."""
+    found = [
+        f"| {name} | {MORE[v]} | {cell(row, v)} |"
+        for name, row in sorted(results.get("quality", {}).items()) for v in MORE if v in row["variants"]
+    ]  # fmt: skip
+    return ["", "| case | variant | |", "| --- | --- | --- |", *found] if found else []
 
 
 def cached_speed(results: dict[str, Any]) -> str:

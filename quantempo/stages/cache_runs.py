@@ -37,6 +37,7 @@ Vectors = Mapping[str, Float32s]
 Watch = Callable[[Observation, Mapping[str, Buffer]], None]
 GROUP_INPUT = "scale_group"
 Corrected = Literal["feature", "product", "history", "prediction", "noise", "latents"]
+Scales = Literal["shared", "reuse", "apart"]
 Corrections = Sequence[Literal["feature", "product"]]
 """Those that a reusing graph takes as inputs."""
 Mode = Literal["float", "shown", "quantized", "taught", "probed"]
@@ -84,7 +85,8 @@ class CacheSettings:
         checks: further trajectories to judge corrections by.
         batch: that run together.
         labels: classes to run; empty to deal out all.
-        own_scales: whether reusing calls get scales of their own.
+        scales: what has scales of its own, from its calls of the cached trajectory: nothing (`shared`: all have the
+            model's), reusing calls, or both these and refreshing ones (`apart`).
     """
 
     policy: str
@@ -95,7 +97,7 @@ class CacheSettings:
     checks: int = 32
     batch: int = 32
     labels: tuple[int, ...] = ()
-    own_scales: bool = True
+    scales: Scales = "reuse"
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,6 +146,7 @@ class WholeRuns:
         self._references = [reference_of(bench, program, batch) for batch in batches]
         self._known: dict[Schedule, Errors] = {}
         self._programs: dict[Schedule, StepProgram] = {}
+        self._finals: dict[Schedule, Float32s] = {}
 
     def on(self, batches: Sequence[TrajectoryBatch]) -> WholeRuns:
         """The same schedules, corrected as here, on other runs."""
@@ -159,7 +160,8 @@ class WholeRuns:
             cached = scheduled(self._bench, self._program, refreshes)
             if self._corrected:
                 neutral = self._bench.identity_vectors(len(cached.calls))
-                history, _ = fit_history(self._bench, cached, neutral, refreshes, self._references[0])
+                history, final = fit_history(self._bench, cached, neutral, refreshes, self._references[0])
+                self._finals[refreshes] = final
                 sample = self._bench.parts.manifest.denoiser.sample_input
                 cached = correct_by_history(cached, history, refreshes, sample)
             self._programs[refreshes] = cached
@@ -168,12 +170,12 @@ class WholeRuns:
     def error(self, refreshes: Schedule) -> Errors:
         """Mean squared error of the final latents, per sample."""
         if refreshes not in self._known:
-            program = self.program(refreshes)
+            program, references = self.program(refreshes), self._references
             loop = self._bench.loop("quantized", self._bench.identity_vectors(len(program.calls)))
-            squares = [
-                (self._bench.run(loop, program, reference.batch).astype(np.float64) - reference.final) ** 2
-                for reference in self._references
-            ]
+            # What a correction was fitted on has been run to its end already.
+            known = [self._finals[refreshes]] if refreshes in self._finals else []
+            finals = known + [self._bench.run(loop, program, r.batch) for r in references[len(known) :]]
+            squares = [(x.astype(np.float64) - r.final) ** 2 for x, r in zip(finals, references, strict=True)]
             self._known[refreshes] = np.concatenate([s.reshape(len(s), -1).mean(axis=1) for s in squares])
         return self._known[refreshes]
 

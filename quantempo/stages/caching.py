@@ -197,15 +197,17 @@ def parse_policy(text: str) -> tuple[str, int]:
 def variant_tables(
     bench: VariantBench, settings: CacheSettings, programs: Mapping[int, StepProgram]
 ) -> dict[str, ScaleTable]:
-    """Scales by variant: `full` keeps the model's; a reusing one has its own, from its calls of the cached float runs.
+    """Scales by variant: a reusing one has its own, from its calls of the cached float runs.
 
-    Groups in which a variant is never called take the statistics of `full` there.
+    `full` keeps the model's unless it is asked for `apart`: a bundle runs it in uncached runs as well, and at other
+    guidance scales and step counts than the fit's.  Groups in which a variant is never called take the statistics of
+    `full` there.
     """
     parts, base = bench.parts, bench.parts.statistics.stats()
     tables = {FULL: parts.table}
-    if not settings.own_scales:
+    if settings.scales == "shared":
         return dict.fromkeys(bench.set.variants, parts.table)
-    reusing = [name for name in bench.set.variants if name != FULL]
+    reusing = [name for name in bench.set.variants if name != FULL or settings.scales == "apart"]
     taps = {name: bench.tensors(name) for name in reusing}
     collectors = {name: StatsCollector(name, taps[name], [t for t in parts.plan.centred if t in taps[name]])
                   for name in reusing if taps[name]}  # fmt: skip
