@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quantempo.contracts.engine import Engine, EngineOptions
 from quantempo.contracts.manifest import GraphEntry
-from quantempo.contracts.program import StepProgram, check_program
+from quantempo.contracts.program import FITTED_GUIDANCE, StepProgram, check_program
 from quantempo.contracts.variants import Variant, is_cached, variants_of
 from quantempo.errors import BundleError, EngineError, RequestError, nearest
 from quantempo.runtime.bundle import OpenBundle, read_bundle
@@ -47,7 +47,7 @@ DECODE_ROWS = 8
 
 
 class CacheUnused(UserWarning):
-    """The bundle reuses features across calls, but has no plan for this step count or scheduler; it runs without."""
+    """The bundle reuses features, but has no plan for these steps, this sampler and guidance; it runs without."""
 
 
 class _Engines(dict[str, Engine]):
@@ -190,8 +190,8 @@ class Session:
             batch_size: samples, where nothing else tells.
             program: another sampler's step program; `num_inference_steps` is then left out.
             guidance_mode: both branches in one engine call or in two; default: one, where the graph takes so many rows.
-            feature_cache: `auto` reuses features across calls where the bundle has a plan for the step count and
-                sampler (and warns where its plans are for others), `none` never, `plan` refuses to run without.
+            feature_cache: `auto` reuses features across calls where the bundle has a plan for the step count, sampler
+                and guidance (and warns where its plans are for others), `none` never, `plan` refuses to run without.
             arrays: conditioning by input name, `negative_NAME` for the unconditional branch.
 
         Raises:
@@ -209,13 +209,20 @@ class Session:
                 changed = user(self, step, timestep, {"latents": current})
                 return None if changed is None else changed.get("latents")
 
-        chosen = self.program(num_inference_steps, program, feature_cache)
+        chosen = self.program(num_inference_steps, program, feature_cache, guidance_scale)
         return self.sample(request, chosen, output_type, on_step)
 
     def program(
-        self, steps: int | None = None, program: StepProgram | None = None, feature_cache: str | None = None
+        self, steps: int | None = None, program: StepProgram | None = None, feature_cache: str | None = None,
+        guidance: float | Sequence[float] | None = None,
     ) -> StepProgram:
         """The step program of a call: the given one after a check, or the bundle's for a number of steps.
+
+        Args:
+            steps: default: the bundle's.
+            program: another one.
+            feature_cache: see `__call__`.
+            guidance: as asked for; a cache plan is for the scale that it was fitted at.
 
         Raises:
             RequestError: there is none, or none of the kind that `feature_cache` asks for.
@@ -224,10 +231,11 @@ class Session:
         mode = self._cache_mode if feature_cache is None else _cache_mode(feature_cache)
         if program is None:
             count = self.manifest.programs.default_steps if steps is None else _count(steps)
-            if mode != "none" and count in self._cached:
-                return self._cached[count]
+            cached = self._cached.get(count) if mode != "none" else None
+            if cached is not None and self._fitted_at(cached, guidance):
+                return cached
             plain = self.bundle.program(count)
-            self._run_uncached(mode, plain)
+            self._run_uncached(mode, plain, cached)
             return plain
         if steps is not None and steps != program.steps:
             raise RequestError(
@@ -245,15 +253,36 @@ class Session:
             )
         return program
 
-    def _run_uncached(self, mode: str, program: StepProgram) -> None:
-        """Say, or refuse, that features are not reused."""
+    def _fitted_at(self, cached: StepProgram, guidance: float | Sequence[float] | None) -> bool:
+        """Whether a plan is for the guidance that was asked for; scales of 1 or less all mean no guidance."""
+        fitted = cached.options.get(FITTED_GUIDANCE)
+        if fitted is None:
+            return True
+        asked = self.manifest.default_guidance if guidance is None else guidance
+        try:
+            scales = np.atleast_1d(np.asarray(asked, np.float64))
+        except (TypeError, ValueError):
+            return True  # refused where the request is resolved, in words of its own
+        return bool(np.all((scales == fitted) | ((scales <= 1.0) & (fitted <= 1.0))))
+
+    def _run_uncached(self, mode: str, program: StepProgram, cached: StepProgram | None = None) -> None:
+        """Say, or refuse, that features are not reused.
+
+        Args:
+            mode: of caching.
+            program: that runs instead.
+            cached: the plan for these steps, which is for another guidance scale.
+        """
         there = ", ".join(map(str, self._cached))
         wanted = f"{self.manifest.programs.scheduler} with {there} steps" if there else "none for these graphs"
         run = f"{program.steps} steps of {program.scheduler}"
+        if cached is not None:
+            run += " at this guidance scale"
+            wanted += f" at guidance {cached.options[FITTED_GUIDANCE]:g}"
         if mode == "plan":
             raise RequestError(
                 "feature_cache", found=f"'plan' for {run}", wanted=f"a call that the bundle has a plan for ({wanted})",
-                cause="a plan is fitted for one step count and scheduler",
+                cause="a plan is fitted for one step count, scheduler and guidance scale",
                 remedy="take such a call, compile with feature caching for this one, or pass feature_cache='none'",
             )
         if mode == "auto" and self.manifest.cache is not None:

@@ -29,39 +29,10 @@ def cached(results: dict[str, Any]) -> str:
             for pair in ("naive - programmed", "naive - full")
         ]
         lines.append(f"| {name} | {row['samples']} | {' | '.join(cells)} | {' | '.join(gains)} |")
-    lines += ["", "Differences of final-latent error with 95 % intervals (times 1e-4), and what the guard kept:", ""]
-    pairs = ("naive - programmed", "programmed - corrected", "naive - full")
-    lines += [f"| case | {' | '.join(pairs)} | kept |", "| --- | --- | --- | --- | --- |"]
-    for name, row in sorted(results.get("quality", {}).items()):
-        spans = [
-            "{:+.2f} ({:+.2f} to {:+.2f})".format(*(1e4 * v for v in row["paired"][pair]["final_latent_mse"]))
-            if pair in row["paired"] else "–"
-            for pair in pairs
-        ]
-        lines.append(f"| {name} | {' | '.join(spans)} | {', '.join(row.get('kept', {}).get('full', ()))} |")
+    lines += differences(results)
     lines += more_rows(results)
-    lines += ["", "Calls that refresh (*even* where that was chosen):", ""]
-    for name, row in sorted(results.get("quality", {}).items()):
-        for label, key in (("programmed", "plain"), ("full", "corrected")):
-            found = row.get("schedules", {}).get(key)
-            if found is not None:
-                even = found == list(range(0, row["steps"], row["interval"]))
-                lines.append(f"- {name}, {label}: {'even' if even else ' '.join(map(str, found))}")
-    for model, rows in results.get("equal_time", {}).items():
-        for name, row in rows.items():
-            lines += ["", (
-                f"At equal time, batch 32, 50 steps, {model}, {name}: {row['psnr_db']:.2f} dB; float with "
-                f"{row['float_steps']} steps {row['float_psnr_db']:.2f} dB ({row['gain_db']:+.2f} dB)."
-            )]  # fmt: skip
-    for model, rows in results.get("dynamic", {}).items():
-        for policy, row in rows.items():
-            shares = ", ".join(f"{100 * v:.0f} % at {k} times" for k, v in row["reused_by_threshold"].items())
-            lines += ["", f"{model}, {policy}, 20 steps: {row['psnr_db']:.2f} dB; reuse {shares} the threshold."]
-    for model, row in results.get("tap", {}).items():
-        lines += ["", (
-            f"Calibration samples by TAP instead of uniform draws, {model}: error per held-out call "
-            f"{100 * row['relative']:+.2f} % lower ({row['draws']} draws of {row['selected']} from {row['pool']})."
-        )]  # fmt: skip
+    lines += schedules(results)
+    lines += parts(results)
     return "\n".join([*lines, ""])
 
 
@@ -89,6 +60,54 @@ def more_rows(results: dict[str, Any]) -> list[str]:
         for name, row in sorted(results.get("quality", {}).items()) for v in MORE if v in row["variants"]
     ]  # fmt: skip
     return ["", "| case | variant | |", "| --- | --- | --- |", *found] if found else []
+
+
+def schedules(results: dict[str, Any]) -> list[str]:
+    """At which calls the programmed runs refresh."""
+    lines = ["", "Calls that refresh (*even* where that was chosen):", ""]
+    for name, row in sorted(results.get("quality", {}).items()):
+        for label, key in (("programmed", "plain"), ("full", "corrected")):
+            found = row.get("schedules", {}).get(key)
+            if found is not None:
+                even = found == list(range(0, row["steps"], row["interval"]))
+                lines.append(f"- {name}, {label}: {'even' if even else ' '.join(map(str, found))}")
+    return lines
+
+
+def differences(results: dict[str, Any]) -> list[str]:
+    """Paired differences of the final error, and what the guard kept."""
+    lines = ["", "Differences of final-latent error with 95 % intervals (times 1e-4), and what the guard kept:", ""]
+    pairs = ("naive - programmed", "programmed - corrected", "naive - full")
+    lines += [f"| case | {' | '.join(pairs)} | kept |", "| --- | --- | --- | --- | --- |"]
+    for name, row in sorted(results.get("quality", {}).items()):
+        spans = [
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*(1e4 * v for v in row["paired"][pair]["final_latent_mse"]))
+            if pair in row["paired"] else "–"
+            for pair in pairs
+        ]
+        lines.append(f"| {name} | {' | '.join(spans)} | {', '.join(row.get('kept', {}).get('full', ()))} |")
+    return lines
+
+
+def parts(results: dict[str, Any]) -> list[str]:
+    """What is measured beside the cases."""
+    lines: list[str] = []
+    for model, rows in results.get("equal_time", {}).items():
+        for name, row in rows.items():
+            lines += ["", (
+                f"At equal time, batch 32, 50 steps, {model}, {name}: {row['psnr_db']:.2f} dB; float with "
+                f"{row['float_steps']} steps {row['float_psnr_db']:.2f} dB ({row['gain_db']:+.2f} dB)."
+            )]  # fmt: skip
+    for model, rows in results.get("dynamic", {}).items():
+        for policy, row in rows.items():
+            shares = ", ".join(f"{100 * v:.0f} % at {k} times" for k, v in row["reused_by_threshold"].items())
+            lines += ["", f"{model}, {policy}, 20 steps: {row['psnr_db']:.2f} dB; reuse {shares} the threshold."]
+    for model, row in results.get("tap", {}).items():
+        lines += ["", (
+            f"Calibration samples by TAP instead of uniform draws, {model}: error per held-out call "
+            f"{100 * row['relative']:+.2f} % lower ({row['draws']} draws of {row['selected']} from {row['pool']})."
+        )]  # fmt: skip
+    return lines
 
 
 def cached_speed(results: dict[str, Any]) -> str:

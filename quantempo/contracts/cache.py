@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import ClassVar, Literal, Union
 
-from quantempo.contracts.program import Decide, StepProgram
+from quantempo.contracts.program import FITTED_GUIDANCE, Decide, StepProgram
 from quantempo.errors import DataError, nearest
 
 CACHE_PLAN_VERSION = 1
 FULL = "full"
 PROBE = "probe"
 FEATURE_STEM = "cache."
+GUIDANCE = "guidance"
+"""Among a plan's parameters: the guidance scale of the runs that schedules and corrections were fitted on."""
 _REUSE = re.compile(r"reuse\.(0|[1-9]\d*)")
 
 
@@ -118,13 +120,11 @@ class Schedule:
         calls: variant by call (not by step: a two-call method has two per step).
         decide: at each call that names a reuse variant, the choice at run time; `None` for a fixed schedule.
         row: the vectors of call `i` lie in row `row + i` of the bundle's vectors.
-        predicted_ms: time of all denoiser calls at one sample, from the variants' measured times.
     """
 
     calls: tuple[str, ...]
     decide: Decide | None = None
     row: int = 0
-    predicted_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class CachePlan:
         scheduler: class name, as in `ProgramIndex`.
         config: digest of the scheduler's configuration, as in `ProgramIndex`.
         policy: name of what chose the schedules.
-        parameters: the policy's numbers.
+        parameters: the policy's numbers, and `GUIDANCE`.
         cuts: by variant name, `reuse.0` and so on.
         schedules: by number of steps (a decimal string).
         probe: what dynamic decisions look at.
@@ -267,7 +267,9 @@ def cached_program(
         rows = dict.fromkeys(vectors.get(name, ()), schedule.row + index)
         decide = schedule.decide if name != FULL else None
         calls.append(replace(call, graph=name, vectors=rows, decide=decide))
-    return replace(program, calls=tuple(calls))
+    guidance = plan.parameters.get(GUIDANCE)
+    options = program.options if guidance is None else {**program.options, FITTED_GUIDANCE: guidance}
+    return replace(program, calls=tuple(calls), options=options)
 
 
 def merge_masks(

@@ -20,6 +20,8 @@ from quantempo.errors import DataError
 PROGRAM_VERSION = 1
 LATENTS = "latents"
 PREDICTION = "prediction"
+FITTED_GUIDANCE = "fitted_guidance"
+"""Among a program's options: the guidance scale that its cache plan was fitted at, for all samples."""
 INDICATOR = "indicator"
 """The output of a probe graph; see `Decide`."""
 
@@ -153,6 +155,7 @@ class StepProgram:
         calls: in order.
         state: the tensors that exist before the first call; further registers come into being by being written.
         eta: the stochasticity that it was traced with, for schedulers that take one.
+        options: further numbers that it was traced with, and `FITTED_GUIDANCE`.
     """
 
     scheduler: str

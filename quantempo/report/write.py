@@ -113,7 +113,7 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
                 with progress.stage(f"sample {name}, guidance {guidance:g}") as advance:
                     sampler = Sampler(session, options)
                     drawn[name][guidance] = sampler.images(options.samples, guidance, advance=advance)
-        caching = _caching(quantized, floating, options, drawn, progress)
+        caching = _caching(subject, quantized, floating, options, drawn, progress)
         populations = None
         if options.population and options.judge is not None:
             with progress.stage("accuracy and Fréchet distance") as advance:
@@ -156,15 +156,15 @@ def write_report(bundle: Path, options: ReportOptions | None = None, progress: P
 
 
 def _caching(
-    quantized: Session, floating: Session, options: ReportOptions, drawn: dict[str, dict[float, Images]],
-    progress: Progress,
+    subject: Subject, quantized: Session, floating: Session, options: ReportOptions,
+    drawn: dict[str, dict[float, Images]], progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, float]] | None:
     if quantized.bundle.manifest.cache is None:
         return None
     head = options.guidance[0]
     with progress.stage("feature caching"):
         images = {"float": drawn["float"][head], "uncached": drawn["groups"][head]}
-        return measure_cache(quantized, floating, options, images)
+        return measure_cache(subject, quantized, floating, options, images)
 
 
 def analyse(subject: Subject, options: ReportOptions, reference: Images, advance: Advance) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def table(facts: dict[str, Any]) -> str:
         cache = facts["cache"]
         lines.append(
             f"caching    {cache['policy']} at {cache['steps']} steps: PSNR {cache['psnr_db']:.2f} dB, uncached "
-            f"{cache['psnr_db_uncached']:.2f} dB, uncorrected {cache['psnr_db_naive']:.2f} dB; a run takes "
+            f"{cache['psnr_db_uncached']:.2f} dB, naive {cache['psnr_db_naive']:.2f} dB; a run takes "
             f"{speed['trajectory_ms']:.1f} ms, uncached {speed['trajectory_ms_uncached']:.1f} ms"
         )
         lines += policy_lines(cache["auto"]) if "auto" in cache else []

@@ -296,10 +296,22 @@ def check_batches(
     bench: VariantBench, settings: CacheSettings, program: StepProgram
 ) -> tuple[TrajectoryBatch, ...]:
     """Trajectories that nothing is fitted on, to judge by."""
+    return _later(bench, settings, program, settings.samples)
+
+
+def audit_batches(
+    bench: VariantBench, settings: CacheSettings, program: StepProgram
+) -> tuple[TrajectoryBatch, ...]:
+    """As many more, that nothing is fitted on or judged by, to compare policies."""
+    return _later(bench, settings, program, settings.samples + settings.checks)
+
+
+def _later(
+    bench: VariantBench, settings: CacheSettings, program: StepProgram, after: int
+) -> tuple[TrajectoryBatch, ...]:
     few = replace(settings, samples=settings.checks)
-    start = CACHE_SEED + settings.samples
     return tuple(
-        replace(batch, seeds=tuple(start + seed - CACHE_SEED for seed in batch.seeds))
+        replace(batch, seeds=tuple(after + seed for seed in batch.seeds))
         for batch in program_batches(bench, few, program)
     )
 

@@ -6,23 +6,22 @@ same table: a plan that it beats in the same time is never taken.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantempo.calib.cache.cost import Candidate, choose, loses_to_fewer_steps, pareto, predicted_ms
 from quantempo.calib.cache.noise_floor import judge
-from quantempo.contracts.cache import reuse_name
+from quantempo.contracts.cache import FULL, PROBE, reuse_name
 from quantempo.contracts.program import StepProgram
-from quantempo.errors import RequestError
+from quantempo.errors import CalibrationError, ExportError, RequestError
 from quantempo.progress import Advance
 from quantempo.quality import Images, psnr_db
+from quantempo.stages import dynamic_caching, mask_caching
 from quantempo.stages.cache_corrections import fit_corrections
 from quantempo.stages.cache_images import decoder_of
 from quantempo.stages.cache_runs import (
@@ -30,17 +29,21 @@ from quantempo.stages.cache_runs import (
     CacheSettings,
     Mode,
     VariantBench,
-    check_batches,
+    audit_batches,
     graph_corrections,
 )
 from quantempo.stages.cache_schedules import ScheduleSearch, scheduled
+from quantempo.stages.cache_times import call_times, median_ms, milliseconds
 from quantempo.stages.caching import parse_policy, variant_tables
 
 AUTO, NONE = "auto", "none"
-CANDIDATES = tuple(f"{name}:{interval}" for interval in (2, 3, 4, 5) for name in ("every", "programmed"))
+CANDIDATES = (
+    *(f"{name}:{interval}" for interval in (2, 3, 4, 5) for name in ("every", "programmed")),
+    "dps:2", "teacache:0.5", "firstblock:0.5", "greedy:0.7",
+)
+"""Fixed schedules at four distances, and one of each further family; what a model does not allow is left out."""
 SAMPLES, CHECKS = 16, 16
 """Trajectories that a candidate's corrections are fitted on and judged by, at most."""
-TIMED_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,14 @@ def search(
     bench = VariantBench(parts, folder, {reuse_name(0): settings.cut}, graph_corrections(settings.corrections))
     try:
         trial = _Trial(bench, few, parts.exported.program(steps))
-        known = list(CANDIDATES)
+        known, left_out = list(CANDIDATES), {}
         plans = [trial.uncached()]
         for done, policy in enumerate(known):
             advance(done, len(known) + 1)
-            plans.append(trial.plan(policy))
+            try:
+                plans.append(trial.candidate(policy, folder / policy.replace(":", "-")))
+            except (ExportError, RequestError, CalibrationError) as refused:
+                left_out[policy] = str(refused)
         rows = [*plans, *trial.fewer_steps([plan.milliseconds for plan in plans])]
         advance(len(known) + 1, len(known) + 1)
     finally:
@@ -112,28 +118,44 @@ def search(
     return Searched(policy, {
         "policy": policy, "steps": steps, "budget": asdict(budget), "guidance": few.guidance, "samples": few.checks,
         "ms_per_call": trial.times, "table": table,
+        "left_out": left_out,
     })  # fmt: skip
 
 
 class _Trial:
-    """Candidates on one bench, one number of steps, and the same held-out runs."""
+    """Candidates at one number of steps, on the same runs: none that anything was fitted on, chosen or judged by."""
 
     def __init__(self, bench: VariantBench, settings: CacheSettings, plain: StepProgram) -> None:
         self._bench, self._settings, self._plain = bench, settings, plain
         self._schedules = ScheduleSearch(bench, settings, plain)
         self._decode: Callable[[NDArray[Any]], Images] = decoder_of(bench.parts)
         bench.quantize(dict.fromkeys(bench.set.variants, bench.parts.table))
-        self._wanted = self._images("float", plain, {})
+        self._wanted = self._images(bench, "float", plain, {})
         self.times = {
-            "float": self._once("float", "full"), **{n: self._once("quantized", n) for n in bench.set.variants},
+            "float": milliseconds(bench, settings, "float", FULL),
+            **call_times(bench, settings),
         }
 
     def uncached(self) -> Candidate:
         """INT8 without caching."""
-        return self._candidate(NONE, self._plain, {})
+        return self._measured(NONE, self._bench, self._plain, {}, self.times)
 
-    def plan(self, policy: str) -> Candidate:
-        """A policy with its corrections."""
+    def candidate(self, policy: str, folder: Path) -> Candidate:
+        """A policy with its corrections.
+
+        Args:
+            policy: a name of `CANDIDATES`.
+            folder: for graphs of its own; made where it needs one.
+
+        Raises:
+            ExportError, RequestError, CalibrationError: the model does not allow it.
+        """
+        name = policy.partition(":")[0]
+        if name in dynamic_caching.POLICIES:
+            return self._dynamic(policy, folder)
+        return self._masks(policy, folder) if name in mask_caching.POLICIES else self._fixed(policy)
+
+    def _fixed(self, policy: str) -> Candidate:
         bench, settings, plain = self._bench, self._settings, self._plain
         name, interval = parse_policy(policy)
         refreshes = self._schedules.schedule(name, interval)
@@ -141,7 +163,33 @@ class _Trial:
         bench.quantize(variant_tables(bench, settings, {plain.steps: cached}))
         floor = judge(refreshes, self._schedules.floor_facts(interval))
         fit = fit_corrections(bench, settings, plain, cached, refreshes, floor)
-        return self._candidate(policy, fit.program, fit.vectors)
+        return self._measured(policy, bench, fit.program, fit.vectors, self.times)
+
+    def _masks(self, policy: str, folder: Path) -> Candidate:
+        parts, settings, steps = self._bench.parts, replace(self._settings, policy=policy), self._plain.steps
+        (folder / "masks").mkdir(parents=True)
+        (folder / "run").mkdir()
+        fit = mask_caching.fit_masks(parts, settings, folder / "masks", (steps,))
+        bench = VariantBench(parts, folder / "run", fit.plan.cuts, ())
+        try:
+            bench.quantize(fit.tables)
+            times = call_times(bench, settings)
+            return self._measured(policy, bench, fit.programs[steps], fit.vectors, times)
+        finally:
+            bench.close()
+
+    def _dynamic(self, policy: str, folder: Path) -> Candidate:
+        parts, settings, steps = self._bench.parts, replace(self._settings, policy=policy), self._plain.steps
+        (folder / "decisions").mkdir(parents=True)
+        (folder / "run").mkdir()
+        fit = dynamic_caching.fit_dynamic(parts, settings, folder / "decisions", (steps,))
+        bench = VariantBench(parts, folder / "run", fit.plan.cuts, (), fit.plan.probe)
+        try:
+            bench.quantize_plainly()
+            times = call_times(bench, settings)
+            return self._measured(policy, bench, fit.programs[steps], {}, times, fit.report[str(steps)]["skipped"])
+        finally:
+            bench.close()
 
     def fewer_steps(self, milliseconds: Sequence[float]) -> list[Candidate]:
         """The float model at the step counts whose times lie around given ones."""
@@ -151,41 +199,28 @@ class _Trial:
         for count in sorted({min(max(count, 1), steps - 1) for count in counts} & set(programs)):
             program = self._bench.parts.exported.program(count)
             time_ms = len(program.calls) * self.times["float"]
-            psnr = float(psnr_db(self._images("float", program, {}), self._wanted).mean())
+            psnr = float(psnr_db(self._images(self._bench, "float", program, {}), self._wanted).mean())
             found.append(Candidate(f"float, {count} steps", "fewer_steps", time_ms, psnr))
         return found
 
-    def _candidate(self, name: str, program: StepProgram, vectors: Mapping[str, Any]) -> Candidate:
-        psnr = float(psnr_db(self._images("quantized", program, vectors), self._wanted).mean())
-        measured = self._trajectory(program, vectors)
-        return Candidate(name, "plan", predicted_ms(program, self.times), psnr, measured)
+    def _measured(
+        self, name: str, bench: VariantBench, program: StepProgram, vectors: Mapping[str, Any],
+        times: Mapping[str, float], skipped: float = 0.0,
+    ) -> Candidate:
+        """A program's fidelity and time; `skipped` is the share of its calls that decide for reuse at run time."""
+        psnr = float(psnr_db(self._images(bench, "quantized", program, vectors), self._wanted).mean())
+        predicted = predicted_ms(program, times, probe_ms=times.get(PROBE, 0.0), skipped=skipped)
+        return Candidate(name, "plan", predicted, psnr, self._trajectory(bench, program, vectors))
 
-    def _images(self, mode: Mode, program: StepProgram, vectors: Mapping[str, Any]) -> Images:
-        loop = self._bench.loop(mode, vectors or self._bench.identity_vectors(len(program.calls)))
-        batches = check_batches(self._bench, self._settings, program)
-        return self._decode(np.concatenate([self._bench.run(loop, program, batch) for batch in batches]))
+    def _images(self, bench: VariantBench, mode: Mode, program: StepProgram, vectors: Mapping[str, Any]) -> Images:
+        loop = bench.loop(mode, vectors or bench.identity_vectors(len(program.calls)))
+        batches = audit_batches(bench, self._settings, program)
+        return self._decode(np.concatenate([bench.run(loop, program, batch) for batch in batches]))
 
-    def _once(self, mode: Literal["float", "quantized"], variant: str) -> float:
-        """Milliseconds of one call for a guided sample."""
-        rows = 2 if self._settings.guidance > 1 else 1
-        engine = self._bench.engine(mode, variant)
-        binding = engine.bind({"batch": rows})
-        binding.run()
-        return _median(binding.run)
-
-    def _trajectory(self, program: StepProgram, vectors: Mapping[str, Any]) -> float:
+    def _trajectory(self, bench: VariantBench, program: StepProgram, vectors: Mapping[str, Any]) -> float:
         """Milliseconds of a run of one guided sample."""
-        loop = self._bench.loop("quantized", vectors or self._bench.identity_vectors(len(program.calls)))
-        batch = check_batches(self._bench, self._settings, program)[0]
+        loop = bench.loop("quantized", vectors or bench.identity_vectors(len(program.calls)))
+        batch = audit_batches(bench, self._settings, program)[0]
         one = replace(batch, seeds=batch.seeds[:1], labels=batch.labels[:1])
-        self._bench.run(loop, program, one)
-        return _median(lambda: self._bench.run(loop, program, one))
-
-
-def _median(action: Callable[[], object]) -> float:
-    times = []
-    for _ in range(TIMED_RUNS):
-        started = time.perf_counter()
-        action()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
+        bench.run(loop, program, one)
+        return median_ms(lambda: bench.run(loop, program, one))

@@ -43,7 +43,7 @@ FIT_REPORT = "report/cache.json"
 """Sidecar with what the fit measured."""
 MODULES = (
     "cache_corrections", "cache_cuts", "cache_images", "cache_runs", "cache_schedules", "cache_search", "cache_stage",
-    "caching", "closed_loop", "dynamic_caching", "mask_caching", "teacher",
+    "cache_times", "caching", "closed_loop", "dynamic_caching", "mask_caching", "teacher",
 )
 SAMPLES, CHECKS = 64, 32
 """Trajectories to fit on and to judge by, at most; a recipe with fewer samples has fewer."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from quantempo.calib.cache.cost import predicted_ms
 from quantempo.calib.cache.noise_floor import NoiseFloor, judge
 from quantempo.calib.cache.schedules import Schedule
 from quantempo.calib.collect import StatsCollector
@@ -37,6 +38,7 @@ from quantempo.stages.cache_runs import (
     graph_corrections,
 )
 from quantempo.stages.cache_schedules import ScheduleSearch
+from quantempo.stages.cache_times import call_times
 from quantempo.stages.quantizers import activation_bits
 
 POLICIES = ("every", "power", "dps", "programmed")
@@ -133,7 +135,9 @@ def fit_chosen(
     fits = {n: _without(fit, plan) for n, fit in fits.items()}
     programs = {n: _shifted(fits[n].program, plan.schedules[str(n)].row) for n in counts}
     check_cache_plan(plan, "cache plan")
-    report = {"policy": settings.policy, "steps": {str(n): fit.report() for n, fit in fits.items()}}
+    times = call_times(bench, settings)
+    steps = {str(n): {**fit.report(), "predicted_ms": predicted_ms(fit.program, times)} for n, fit in fits.items()}
+    report = {"policy": settings.policy, "ms_per_call": times, "steps": steps}
     return CacheFit(plan, programs, stacked_vectors([fits[n] for n in counts]), tables, fits, report)
 
 
@@ -257,7 +261,8 @@ def _plan(
         row += len(choice.calls)
     return CachePlan(
         model=parts.exported.graph_digest, scheduler=parts.exported.scheduler, config=parts.exported.scheduler_digest,
-        policy=settings.policy, cuts=dict(cuts), schedules=made, parameters=dict(parameters),
+        policy=settings.policy, cuts=dict(cuts), schedules=made,
+        parameters={**parameters, contract.GUIDANCE: settings.guidance},
     )
 
 

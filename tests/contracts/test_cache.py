@@ -29,7 +29,7 @@ MASK = SublayerCut(((True, False), (False, True)))
 PLAN = CachePlan(
     model="0123", scheduler="DDIMScheduler", config="4567", policy="every", parameters={"interval": 2.0},
     cuts={"reuse.0": DeltaCut(1, 4, 6), "reuse.1": FeatureCut(("a/out", "b/out"))},
-    schedules={"3": Schedule(("full", "reuse.0", "reuse.1"), row=5, predicted_ms=1.5)},
+    schedules={"3": Schedule(("full", "reuse.0", "reuse.1"), row=5)},
     probe=Probe("modulated_input"), corrections=("feature", "latents"),
 )
 

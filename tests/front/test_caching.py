@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,24 @@ def test_fits_are_deterministic(parts: CacheParts, fit: CacheFit, tmp_path: Path
         np.testing.assert_array_equal(again.vectors[name], values)
 
 
+def test_warm_up_and_cap_are_kept_while_it_runs(parts: CacheParts, tmp_path: Path) -> None:
+    asked = settings("firstblock:0.5,warmup=3,cap=2", guidance=1.0)
+    found = fit_dynamic(parts, asked, tmp_path / "a", (6,))
+    program = found.programs[6]
+    assert [call.decide is None for call in program.calls] == [True, True, False, False, False, False]
+    # As if nothing ever moved: what then refreshes is warm-up and cap alone.
+    still = [c if c.decide is None else replace(c, decide=replace(c.decide, threshold=1e9)) for c in program.calls]
+    bench = VariantBench(parts, tmp_path / "b", found.plan.cuts, (), found.plan.probe)
+    bench.quantize_plainly()
+    seen: list[str] = []
+    bench.run(
+        bench.loop("quantized", {}), replace(program, calls=tuple(still)), fitting_batches(asked, 6, 10)[0],
+        lambda call, outputs: seen.append(call.graph),
+    )
+    bench.close()
+    assert [name for name in seen if name != "probe"] == [FULL, FULL, FULL, "reuse.0", "reuse.0", FULL]
+
+
 @pytest.mark.parametrize("policy", ["teacache:0.3", "firstblock:0.3"])
 def test_decisions_at_run_time_skip_about_what_was_asked_for(
     parts: CacheParts, tmp_path: Path, policy: str
@@ -359,7 +378,11 @@ def test_the_costs_that_went_with_the_measurements_guide_the_search() -> None:
 
 def test_words_that_are_no_policy_are_refused() -> None:
     assert parse_policy("programmed:3") == ("programmed", 3)
-    assert parse_dynamic("teacache:0.25") == ("teacache", 0.25)
+    assert parse_dynamic("teacache:0.25") == ("teacache", 0.25, 2, 4)
+    assert parse_dynamic("firstblock:0.5,cap=6,warmup=3") == ("firstblock", 0.5, 3, 6)
+    for text in ("teacache:0.5,cap", "teacache:0.5,cap=0", "teacache:0.5,warmup=1", "teacache:0.5,cap=2,cap=3"):
+        with pytest.raises(RequestError, match="warmup=CALLS of at least 2, or cap=CALLS"):
+            parse_dynamic(text)
     for text in ("evry:2", "every", "every:0", "every:two"):
         with pytest.raises(RequestError, match="every:N"):
             parse_policy(text)

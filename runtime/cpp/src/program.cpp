@@ -225,7 +225,10 @@ StepProgram read_program(const std::string& text, const std::string& where) {
   }
   if (const auto value = node.maybe("eta")) value->number();
   if (const auto value = node.given("options")) {
-    for (const auto& entry : value->entries()) entry.second.number();
+    for (const auto& entry : value->entries()) {
+      const double number = entry.second.number();
+      if (entry.first == "fitted_guidance") program.fitted_guidance = number;
+    }
   }
   const std::int64_t version = node.has("version") ? node.given("version")->integer() : kVersion;
   if (version != kVersion) check.refuse("version", std::to_string(version), std::to_string(kVersion));

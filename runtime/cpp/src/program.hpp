@@ -79,6 +79,8 @@ struct StepProgram {
   std::int64_t steps = 0;
   std::vector<Call> calls;
   std::vector<State> state = {State{}};
+  // The guidance scale that its cache plan was fitted at, for all samples.
+  std::optional<double> fitted_guidance;
 
   // All registers in order of appearance, state first; `prediction` apart.
   std::vector<std::string> registers() const;

@@ -96,11 +96,12 @@ const StepProgram* Session::choose(const SampleOptions& options, StepProgram& he
   check_mode(mode);
   if (options.program.empty()) {
     const std::int64_t count = options.steps == 0 ? bundle_.manifest().programs.default_steps : options.steps;
-    const auto cached = cached_.find(count);
-    if (mode != "none" && cached != cached_.end()) return cached->second;
+    const auto found = cached_.find(count);
+    const StepProgram* cached = mode != "none" && found != cached_.end() ? found->second : nullptr;
+    if (cached != nullptr && fitted_at(*cached, options.request)) return cached;
     held = bundle_.program(count);
     loop_->check(held);
-    run_uncached(mode, held);
+    run_uncached(mode, held, cached);
     return &held;
   }
   held = read_program(options.program, "program");
@@ -119,17 +120,30 @@ const StepProgram* Session::choose(const SampleOptions& options, StepProgram& he
   return &held;
 }
 
-// Says, or refuses, that features are not reused.
-void Session::run_uncached(const std::string& mode, const StepProgram& program) const {
+// Whether a plan is for the guidance that was asked for; scales of 1 or less all mean no guidance.
+bool Session::fitted_at(const StepProgram& cached, const Request& request) const {
+  if (!cached.fitted_guidance) return true;
+  const double fitted = *cached.fitted_guidance;
+  const auto scales = request.guidance.value_or(std::vector<double>{bundle_.manifest().default_guidance});
+  return std::all_of(scales.begin(), scales.end(),
+                     [fitted](double scale) { return scale == fitted || (scale <= 1.0 && fitted <= 1.0); });
+}
+
+// Says, or refuses, that features are not reused; `cached` is a plan for these steps at another guidance scale.
+void Session::run_uncached(const std::string& mode, const StepProgram& program, const StepProgram* cached) const {
   std::vector<std::string> there;
   for (const auto& entry : cached_) there.push_back(std::to_string(entry.first));
-  const std::string wanted = there.empty() ? "none for these graphs"
-                                           : bundle_.manifest().programs.scheduler + " with " + join(there) + " steps";
-  const std::string run = std::to_string(program.steps) + " steps of " + program.scheduler;
+  std::string wanted = there.empty() ? "none for these graphs"
+                                     : bundle_.manifest().programs.scheduler + " with " + join(there) + " steps";
+  std::string run = std::to_string(program.steps) + " steps of " + program.scheduler;
+  if (cached != nullptr) {
+    run += " at this guidance scale";
+    wanted += " at guidance " + general(*cached->fitted_guidance);
+  }
   if (mode == "plan") {
     throw Error(Kind::RequestError, "feature_cache", "'plan' for " + run,
                 "a call that the bundle has a plan for (" + wanted + ")",
-                "a plan is fitted for one step count and scheduler",
+                "a plan is fitted for one step count, scheduler and guidance scale",
                 "take such a call, compile with feature caching for this one, or pass feature_cache 'none'");
   }
   if (mode == "auto" && bundle_.manifest().cache && options_.engine.notice) {

@@ -53,7 +53,8 @@ class Session {
 
  private:
   const StepProgram* choose(const SampleOptions& options, StepProgram& held);
-  void run_uncached(const std::string& mode, const StepProgram& program) const;
+  bool fitted_at(const StepProgram& cached, const Request& request) const;
+  void run_uncached(const std::string& mode, const StepProgram& program, const StepProgram* cached = nullptr) const;
   std::vector<Picture> decode(const std::vector<float>& latents);
   Engine& engine(const std::string& variant);
   std::unique_ptr<Engine> open(const GraphEntry& entry);
