@@ -417,7 +417,7 @@ def dynamic(subject: Subject, args: argparse.Namespace) -> None:
                     psnr = float(psnr_db(decode(made), reference).mean())
             bench.close()
         rows[policy] = {"psnr_db": psnr, "samples": subject.samples, "reused_by_threshold": shares,
-                        "threshold": fit.report["20"]["threshold"]}
+                        "threshold": fit.report["steps"]["20"]["threshold"]}
         print(policy, rows[policy], flush=True)
     results = read(args.json)
     results.setdefault("dynamic", {})[subject.name] = rows

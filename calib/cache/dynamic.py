@@ -230,7 +230,7 @@ def threshold_for(changes: Floats, rule_at: Callable[[float], Rule], skipped: fl
             raise RequestError(
                 "cache threshold", found=f"a share {skipped:g} of skipped calls", wanted=f"at most {share(high):g}",
                 cause="warm-up and the cap on consecutive reuse refresh more often",
-                remedy="raise max_consecutive, or ask for less",
+                remedy="raise the cap, or ask for less",
             )
     low = 0.0
     if share(low) >= skipped:

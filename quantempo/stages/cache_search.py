@@ -187,7 +187,8 @@ class _Trial:
         try:
             bench.quantize_plainly()
             times = call_times(bench, settings)
-            return self._measured(policy, bench, fit.programs[steps], {}, times, fit.report[str(steps)]["skipped"])
+            skipped = fit.report["steps"][str(steps)]["skipped"]
+            return self._measured(policy, bench, fit.programs[steps], {}, times, skipped)
         finally:
             bench.close()
 

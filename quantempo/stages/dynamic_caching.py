@@ -24,8 +24,8 @@ POLICIES: Mapping[str, Literal["modulated_input", "first_block"]] = {
     "teacache": "modulated_input", "firstblock": "first_block",
 }
 WARM_UP, CAP = 2, 4
-"""Calls at the start that refresh, and the most that may reuse in a row, unless a policy says otherwise.  The last of the
-former decides, but has nothing to compare with; those before it do not look."""
+"""Calls at the start that refresh, and the most that may reuse in a row, unless a policy says otherwise.  The last of
+the former decides, but has nothing to compare with; those before it do not look."""
 
 
 class DynamicPolicy(NamedTuple):
@@ -106,7 +106,7 @@ def fit_dynamic(
     for n, program in programs.items():
         skipped, probed = report[str(n)]["skipped"], times[PROBE]
         report[str(n)]["predicted_ms"] = predicted_ms(program, times, probe_ms=probed, skipped=skipped)
-    return DynamicFit(plan, programs, records, report)
+    return DynamicFit(plan, programs, records, {"policy": settings.policy, "ms_per_call": times, "steps": report})
 
 
 def probe_of(policy: str, cut: contract.Cut) -> Probe | None:

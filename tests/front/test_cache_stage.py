@@ -68,6 +68,21 @@ def test_cached_runs_reuse_every_second_call_and_others_none(
         assert other.timings.reused == 0
 
 
+def test_a_plan_is_for_the_guidance_that_it_was_fitted_at(bundles: dict[str, OpenBundle]) -> None:
+    with opened(bundles["dit"]) as session:
+        with pytest.warns(CacheUnused, match="4 steps of DDIMScheduler at this guidance scale.*at guidance 1.5"):
+            other = session(num_inference_steps=4, **{**CALL, "guidance_scale": [1.5, 3.0]})
+        plain = session(num_inference_steps=4, feature_cache="none", **{**CALL, "guidance_scale": [1.5, 3.0]})
+        assert other.timings.reused == 0
+        np.testing.assert_array_equal(other.latents, plain.latents)
+        with pytest.raises(RequestError, match=r"(?s)at this guidance scale.*at guidance 1\.5.*guidance scale"):
+            session(num_inference_steps=4, feature_cache="plan", **{**CALL, "guidance_scale": 3.0})
+        default = {name: value for name, value in CALL.items() if name != "guidance_scale"}
+        assert session(num_inference_steps=4, **default).timings.reused == 8  # the default is what it was fitted at
+        named = bundles["dit"].cached_program(4)  # whoever names the program has chosen
+        assert session(program=named, **{**CALL, "guidance_scale": 3.0}).timings.reused == 8
+
+
 @pytest.mark.parametrize("which", MODELS)
 def test_uncached_runs_are_those_of_a_bundle_without_caching(
     bundles: dict[str, OpenBundle], which: str, folder: Path, tmp_path: Path
@@ -135,6 +150,7 @@ def test_the_report_measures_runs_with_caching_without_and_without_corrections(
     assert cache["psnr_db_uncached"] == facts["quality"]["psnr_db"]
     assert len({cache["psnr_db"], cache["psnr_db_uncached"], cache["psnr_db_naive"]}) == 3
     assert cache["psnr_db"] < cache["psnr_db_uncached"]
+    assert cache["guidance"] == 1.5
     assert facts["speed"]["trajectory_ms"] > 0
     assert facts["speed"]["trajectory_ms_uncached"] > 0
     assert "caching    every:2 at 4 steps" in summary.text()

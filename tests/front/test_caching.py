@@ -268,7 +268,7 @@ def test_fits_are_deterministic(parts: CacheParts, fit: CacheFit, tmp_path: Path
 
 
 def test_warm_up_and_cap_are_kept_while_it_runs(parts: CacheParts, tmp_path: Path) -> None:
-    asked = settings("firstblock:0.5,warmup=3,cap=2", guidance=1.0)
+    asked = settings("firstblock:0.3,warmup=3,cap=2", guidance=1.0)
     found = fit_dynamic(parts, asked, tmp_path / "a", (6,))
     program = found.programs[6]
     assert [call.decide is None for call in program.calls] == [True, True, False, False, False, False]
@@ -293,7 +293,7 @@ def test_decisions_at_run_time_skip_about_what_was_asked_for(
     found = fit_dynamic(parts, asked, tmp_path / "a", (8,) if 8 in parts.exported.programs else (6,))
     (steps, program), = found.programs.items()
     check_program(program, "test")
-    assert found.report[str(steps)]["skipped"] >= 0.3
+    assert found.report["steps"][str(steps)]["skipped"] >= 0.3
     bench = VariantBench(parts, tmp_path / "b", found.plan.cuts, (), found.plan.probe)
     bench.quantize(dict.fromkeys(bench.set.variants, parts.table))
     loop = bench.loop("quantized", {})
@@ -304,7 +304,7 @@ def test_decisions_at_run_time_skip_about_what_was_asked_for(
     bench.close()
     reused = seen.count("reuse.0") / (steps * 8)
     # Decisions were replayed on uncached runs; the cached ones wander off a little.
-    assert abs(reused - found.report[str(steps)]["skipped"]) < 0.3
+    assert abs(reused - found.report["steps"][str(steps)]["skipped"]) < 0.3
     assert seen.count("probe") == (steps - 1) * 8
 
 

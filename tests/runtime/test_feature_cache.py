@@ -26,13 +26,14 @@ from support.cached_graphs import (
 
 from quantempo.contracts.cache import SublayerCut, merge_masks
 from quantempo.contracts.engine import Buffer, Engine
-from quantempo.contracts.program import PREDICTION, Call, Correct, Decide, StepProgram
+from quantempo.contracts.program import PREDICTION, Call, Correct, Decide, Lin, StepProgram
 from quantempo.contracts.variants import Variant
 from quantempo.engines.host import HostBuffer
 from quantempo.errors import DataError, EngineError, QuantempoError
 from quantempo.runtime.feature_cache import Decisions, chunks
 from quantempo.runtime.loop import Loop, Observation
-from quantempo.runtime.rng import standard_normal
+from quantempo.runtime.registers import Registers
+from quantempo.runtime.rng import NoiseSource, standard_normal
 
 BACKENDS = [
     "echo", pytest.param("ort", marks=pytest.mark.skipif(find_spec("onnxruntime") is None, reason="no onnxruntime")),
@@ -187,19 +188,38 @@ def test_threshold_zero_equals_the_plain_loop_to_the_bit(tmp_path: Path, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks_that_keep_all_layers_and_an_interval_of_one_equal_the_plain_loop_to_the_bit(
+def test_masks_that_keep_all_layers_and_an_interval_of_one_equal_a_loop_that_knows_no_features_to_the_bit(
     tmp_path: Path, backend: str
 ) -> None:
-    loop, _ = cached_loop(backend, tmp_path)
-    plain = make_program(9)
+    loop, engines = cached_loop(backend, tmp_path)
+    wanted = Loop({"full": engines["full"]}, DENOISER).run(make_program(9), request((2.0, 1.0)))
     cuts, names = merge_masks([None, *[SublayerCut(((False, False),) * 3)] * 8], 4)
     assert cuts == {}
-    kept = replace(plain, calls=tuple(replace(c, graph=n) for c, n in zip(plain.calls, names, strict=True)))
-    wanted = loop.run(plain, request((2.0, 1.0)))
+    calls = zip(make_program(9).calls, names, strict=True)
+    kept = replace(make_program(9), calls=tuple(replace(call, graph=name) for call, name in calls))
     for program in (kept, every(1, 9)):
         found = loop.run(program, request((2.0, 1.0)))
         assert np.array_equal(found.latents, wanted.latents)
         assert found.reused == 0
+    assert not np.array_equal(loop.run(every(2, 9), request((2.0, 1.0))).latents, wanted.latents)
+
+
+def test_a_prediction_may_be_overwritten_before_the_sampler_reads_it(tmp_path: Path) -> None:
+    loop, _ = cached_loop("echo", tmp_path)
+    seen: list[int] = []
+
+    def halve(index: int, registers: Registers, noise: NoiseSource) -> None:
+        seen.append(index)
+        ahead = registers.copied()
+        ahead[PREDICTION][...] = 0.0  # a copy: the run does not see it
+        registers[PREDICTION][...] *= np.float32(0.5)
+
+    changed = loop.run(make_program(5), request((2.0, 1.0), on_prediction=halve))
+    halved = Lin(PREDICTION, ((PREDICTION, 0.5),))
+    program = make_program(5)
+    written = replace(program, calls=tuple(replace(c, update=(halved, *c.update)) for c in program.calls))
+    assert seen == [0, 1, 2, 3, 4]
+    assert np.array_equal(changed.latents, loop.run(written, request((2.0, 1.0))).latents)
 
 
 @pytest.mark.parametrize("backend", ONNX)
