@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 from support import tiny_models
@@ -18,6 +19,7 @@ from quantempo.errors import BundleError, ExportError, RequestError
 from quantempo.inspection import describe, render
 from quantempo.pipeline import compile_model
 from quantempo.recipe import Recipe
+from quantempo.report.caching import fit_report
 from quantempo.report.measure import ReportOptions
 from quantempo.report.write import write_report
 from quantempo.runtime.bundle import OpenBundle, read_bundle
@@ -101,6 +103,24 @@ def test_uncached_runs_are_those_of_a_bundle_without_caching(
         # A delta reads the hidden state before and after the blocks, which keeps ONNX Runtime from some fusions: other
         # roundings of the same values, of which one in many falls on the other side of an integer's edge.
         assert np.square(found[0] - found[1]).mean() < 1e-9 * np.square(found[1]).mean()
+
+
+def test_a_method_of_two_calls_per_step_is_counted_per_call(folder: Path, tmp_path: Path) -> None:
+    diffusers.HeunDiscreteScheduler().save_pretrained(tmp_path / "heun")
+    recipe = Recipe(**{**SMALL, "cache": "every:3", "samples": 4})
+    bundle = compile_model(
+        tiny_models.dit_pipeline(), tmp_path / "out", recipe, scheduler=tmp_path / "heun", work=folder / "work",
+        guard="off",
+    ).bundle
+    program = bundle.cached_program(4)
+    assert [call.step for call in program.calls] == [0, 0, 1, 1, 2, 2, 3]
+    assert [call.graph == FULL for call in program.calls] == [True, False, False] * 2 + [True]
+    report = fit_report(bundle)["steps"]["4"]
+    errors = {row["with"]: row["value"] for row in report["final_latent_mse"]}
+    assert "history" in errors
+    assert errors["history"] != errors["none"]  # both calls of a step can be corrected
+    with opened(bundle) as session:
+        assert session(num_inference_steps=4, **CALL).timings.reused == 4 * 4
 
 
 @pytest.mark.parametrize("which", MODELS)
