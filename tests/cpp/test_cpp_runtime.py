@@ -198,3 +198,7 @@ def test_a_library_that_refuses_to_share_packed_weights_still_opens_every_graph(
 def test_notices_of_a_run_are_told(sampler: Sampler, parts: Path) -> None:
     done = sampler.run(parts, "--class", 1, "--steps", 5)
     assert "CacheUnused: the bundle has no cache plan for 5 steps of EchoScheduler" in done.stderr
+    assert "CacheUnused" not in sampler.run(parts, "--class", 1, "--steps", 4).stderr
+    other = sampler.run(parts, "--class", 1, "--steps", 4, "--guidance", 3)
+    assert "for 4 steps of EchoScheduler at this guidance scale" in other.stderr
+    assert "at guidance 2 (" in other.stderr

@@ -14,7 +14,7 @@ from support.cached_graphs import DENOISER, VECTORS, deciding, every, onnx_engin
 
 from quantempo.contracts.codec import digest
 from quantempo.contracts.manifest import CacheIndex, Decoder, GraphEntry, Manifest, ProgramIndex
-from quantempo.contracts.program import PREDICTION, Correct, Decide, StepProgram
+from quantempo.contracts.program import FITTED_GUIDANCE, PREDICTION, Correct, Decide, StepProgram
 from quantempo.contracts.tensors import TensorSpec
 from quantempo.runtime.bundle_writer import BundleWriter
 
@@ -40,10 +40,10 @@ def corrected(steps: int) -> StepProgram:
 
 DECIDE = Decide("probe", threshold=0.16, polynomial=(0.5, 1.1, 0.002))
 CACHED = {
-    4: every(2, 4), 6: corrected(6), 9: deciding(9, DECIDE, noisy=True),
+    4: replace(every(2, 4), options={FITTED_GUIDANCE: 2.0}), 6: corrected(6), 9: deciding(9, DECIDE, noisy=True),
     10: deciding(10, replace(DECIDE, reference="last_refresh", accumulate=False, threshold=0.3, max_consecutive=3)),
 }
-"""Cached programs by step count: fixed, with vectors and corrections, and two that decide."""
+"""Cached programs by step count: fixed and for one guidance scale, with vectors and corrections, and two that decide."""
 
 
 def branching_graph() -> bytes:
