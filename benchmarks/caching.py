@@ -31,14 +31,15 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from caching_results import Latents, compare, interval_of, read, write
+from caching_results import Latents, compare, read, write
+from caching_tap import tap_effect
 from numpy.typing import NDArray
 from quality import FIRST_SEED, SOURCES
 
@@ -46,28 +47,18 @@ from quantempo.calib.cache.history import HistoryCorrection, correct_by_history
 from quantempo.calib.cache.noise_floor import judge
 from quantempo.calib.cache.program_rows import LATENTS_VECTORS, PREDICTION_VECTORS, correct_every_call
 from quantempo.calib.cache.schedules import Schedule, every
-from quantempo.calib.cache.tap import select
-from quantempo.calib.collect import StatsCollector
-from quantempo.calib.tables import build_table
 from quantempo.calib.trajectories import TrajectoryBatch
 from quantempo.contracts.cache import FULL, Cut, reuse_name
 from quantempo.contracts.codec import canonical_json, digest
-from quantempo.contracts.engine import EngineOptions
-from quantempo.contracts.partition import Partition
 from quantempo.contracts.program import LATENTS, PREDICTION, StepProgram
-from quantempo.engines.registry import open_engine
-from quantempo.export.graph_files import write_graphs
-from quantempo.export.lower_ort import lower_ort
 from quantempo.export.variants import consumed
 from quantempo.pipeline import open_parts
 from quantempo.progress import console_progress
 from quantempo.quality import psnr_db
-from quantempo.runtime.guidance import CONDITIONAL
 from quantempo.runtime.loop import Observation
 from quantempo.stages.cache_corrections import fit_corrections
 from quantempo.stages.cache_images import decoder_of
 from quantempo.stages.cache_runs import (
-    GROUP_INPUT,
     CacheParts,
     CacheSettings,
     VariantBench,
@@ -80,9 +71,7 @@ from quantempo.stages.cache_stage import CHECKS, SAMPLES
 from quantempo.stages.caching import variant_tables
 from quantempo.stages.conditioning import deal_labels
 from quantempo.stages.dynamic_caching import fit_dynamic
-from quantempo.stages.quantizers import activation_bits
 from quantempo.stages.store import open_store
-from quantempo.stages.teacher import GIVEN
 
 ROWS = ("naive", "programmed", "corrected", "full")
 MORE_ROWS = ("dps", "even", "shared", "apart", "uncached")
@@ -432,104 +421,6 @@ def with_threshold(program: StepProgram, factor: float) -> StepProgram:
         for call in program.calls
     ]  # fmt: skip
     return replace(program, calls=tuple(calls))
-
-
-def tap_effect(subject: Subject, args: argparse.Namespace) -> None:
-    """Scales from samples chosen by TAP against scales from uniform draws of equal size, on held-out cached calls.
-
-    The pool is every call of the even N = 3 trajectories of the float model; scales are min-max, in four groups of
-    timesteps, of the graph that computes everything; the error is that of its prediction at each held-out call.
-    """
-    plain = subject.parts.exported.program(20)
-    bench = subject.bench
-    program = scheduled(bench, plain, every(20, 3))
-    pool = capture(subject, program, subject.settings.samples)
-    held = capture(subject, program, 8, offset=1000)
-    keys = np.array([point.key for point in pool])
-    features = np.stack([point.feeds["sample"][0] for point in pool])
-    count = args.count
-    found: dict[str, list[float]] = {"tap": [], "uniform": []}
-    for seed in range(args.draws):
-        picks = {
-            "tap": select(features, np.array([point.call for point in pool]), count, seed=seed),
-            "uniform": np.random.default_rng(seed).choice(len(pool), count, replace=False),
-        }
-        for name, indices in picks.items():
-            found[name].append(call_error(subject, [pool[i] for i in indices], held, keys))
-    differences = np.array(found["uniform"]) - np.array(found["tap"])
-    row = {
-        "pool": len(pool), "selected": count, "draws": args.draws, "held_out_calls": len(held),
-        "mse": {name: float(np.mean(values)) for name, values in found.items()},
-        "uniform - tap": interval_of(differences),
-        "relative": float(differences.mean() / np.mean(found["uniform"])),
-    }
-    results = read(args.json)
-    results.setdefault("tap", {})[subject.name] = row
-    write(args.json, results)
-    print(row)
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """One row of one call: what it was fed, and the float prediction."""
-
-    call: int
-    key: float
-    feeds: Mapping[str, NDArray[Any]]
-    wanted: NDArray[np.float32]
-
-
-def capture(subject: Subject, program: StepProgram, samples: int, offset: int = 0) -> list[Point]:
-    """The conditional rows of all calls of cached float runs, with what the full float graph says of them."""
-    denoiser = subject.parts.manifest.denoiser
-    loop = subject.bench.loop("shown", subject.bench.identity_vectors(len(program.calls)))
-    full = subject.bench.engine("float", FULL)
-    points = []
-
-    def watch(seen: Observation, outputs: Any) -> None:
-        feeds = {name: outputs[GIVEN + name].array.copy() for name in full.inputs}
-        wanted = full.run(feeds)[denoiser.prediction]
-        for row, branch in enumerate(seen.branches):
-            if branch == CONDITIONAL:
-                one = {name: values[row : row + 1] for name, values in feeds.items()}
-                points.append(Point(seen.index, seen.call.key, one, wanted[row : row + 1]))
-
-    batch = replace(subject, samples=samples, batch=samples).batches(program)[0]
-    subject.bench.run(loop, program, replace(batch, seeds=tuple(s + offset for s in batch.seeds)), watch)
-    return points
-
-
-def call_error(
-    subject: Subject, chosen: Sequence[Point], held: Sequence[Point], keys: NDArray[np.float64]
-) -> float:
-    """Mean squared error of the quantized prediction at held-out calls, with scales from the chosen points."""
-    parts = subject.parts
-    borders = tuple(float(b) for b in np.quantile(keys, [0.25, 0.5, 0.75]))
-    partition = Partition(borders, float(keys.min()), float(keys.max()))
-    tensors = parts.plan.scaled_tensors()
-    plan = replace(parts.plan, centred=())
-    collector = StatsCollector(FULL, tensors)
-    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        write_graphs(Path(folder), {"float": parts.exported.graph})
-        options = EngineOptions(threads=1, extra_outputs=tensors)
-        tapped = open_engine("ort", Path(folder) / "float.onnx", options)
-        for call in sorted({point.call for point in chosen}):
-            rows = [point for point in chosen if point.call == call]
-            seen = tapped.run({n: np.concatenate([p.feeds[n] for p in rows]) for n in tapped.inputs})
-            collector.observe(rows[0].key, seen, seeds=range(len(rows)))
-        tapped.close()
-        table = build_table(collector.stats(), partition, "minmax", activation_bits(plan))
-        write_graphs(Path(folder), {"int8": lower_ort(parts.exported.graph, plan, table, parts.weights)})
-        engine = open_engine("ort", Path(folder) / "int8.onnx", EngineOptions(threads=1))
-        total = 0.0
-        for call in sorted({point.call for point in held}):
-            rows = [point for point in held if point.call == call]
-            feeds = {n: np.concatenate([p.feeds[n] for p in rows]) for n in engine.inputs if n != GROUP_INPUT}
-            group = np.array(partition.group_of(rows[0].key))
-            made = engine.run({**feeds, GROUP_INPUT: group})[parts.manifest.denoiser.prediction]
-            total += float(np.sum((made - np.concatenate([p.wanted for p in rows])) ** 2)) / made[0].size
-        engine.close()
-    return total / len(held)
 
 
 PARTS = {"times": times, "equal-time": equal_time, "dynamic": dynamic, "tap": tap_effect}

@@ -5,7 +5,8 @@ and a random subset, its leading singular vectors, clusters of these, and draws 
 leaves open how the clusterings of several subsets are joined; here their embeddings are put side by side and clustered
 once.  Draws go round the clusters, so that each is represented as evenly as its size allows.
 
-`allocate` is the density and diversity weighting of EDA-DM (Liu et al. 2024): how many samples each step deserves.
+A compile calibrates reusing calls on everything that it captures and selects nothing; this is for those who capture
+more than they can calibrate on.
 """
 
 from __future__ import annotations
@@ -116,49 +117,6 @@ def mean_cosine(features: NDArray[Any]) -> float:
     total = unit.sum(axis=0)
     n = len(flat)
     return float((total @ total - n) / (n * (n - 1)))
-
-
-def allocate(
-    features: NDArray[Any], count: int, *, radius: float | None = None, weight: float = 1.2
-) -> tuple[int, ...]:
-    """How many of `count` calibration samples each step gets: `w = density + weight·diversity`, both brought to 0 to 1.
-
-    Density counts the steps whose feature map is within `radius` (mean squared difference), diversity sums `1 - cosine`
-    to all steps.
-
-    Args:
-        features: (steps, …), one deep feature map per step.
-        count: samples in all.
-        radius: default: the median of the differences, so that it does not depend on the model's units.
-        weight: of the diversity.
-
-    Raises:
-        RequestError: fewer samples than 1, or a negative weight.
-    """
-    if count < 1 or weight < 0:
-        raise _refuse(f"{count} samples, weight {weight:g}", "at least 1, and a weight of 0 or more", "correct it")
-    flat = np.asarray(features, np.float64).reshape(len(features), -1)
-    gram = flat @ flat.T
-    power = np.diag(gram)
-    distance = np.maximum(power[:, None] + power[None, :] - 2 * gram, 0.0) / flat.shape[1]
-    limit = float(np.median(distance[~np.eye(len(flat), dtype=bool)])) if radius is None and len(flat) > 1 else radius
-    density = (distance <= (limit or 0.0)).sum(axis=1).astype(np.float64)
-    norm = np.sqrt(np.maximum(power, np.finfo(np.float64).tiny))
-    diversity = (1.0 - gram / norm[:, None] / norm[None, :]).sum(axis=1)
-    weights = _unit_range(density) + weight * _unit_range(diversity)
-    if not weights.any():
-        weights = np.ones(len(flat))
-    share = weights / weights.sum() * count
-    numbers = np.floor(share).astype(int)
-    for index in np.argsort(-(share - numbers), kind="stable")[: count - int(numbers.sum())]:
-        numbers[index] += 1
-    return tuple(int(n) for n in numbers)
-
-
-def _unit_range(values: Floats) -> Floats:
-    spread = values.max() - values.min()
-    result: Floats = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-    return result
 
 
 def _refuse(found: str, wanted: str, remedy: str) -> RequestError:

@@ -43,7 +43,7 @@ CACHED = {
     4: replace(every(2, 4), options={FITTED_GUIDANCE: 2.0}), 6: corrected(6), 9: deciding(9, DECIDE, noisy=True),
     10: deciding(10, replace(DECIDE, reference="last_refresh", accumulate=False, threshold=0.3, max_consecutive=3)),
 }
-"""Cached programs by step count: fixed and for one guidance scale, with vectors and corrections, and two that decide."""
+"""Cached programs by step count: fixed and for one guidance scale, with corrections, and two that decide."""
 
 
 def branching_graph() -> bytes:

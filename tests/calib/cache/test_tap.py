@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 import quantempo.demo
-from quantempo.calib.cache.tap import SMALLEST, allocate, embedding, mean_cosine, select, similarity
+from quantempo.calib.cache.tap import SMALLEST, embedding, mean_cosine, select, similarity
 from quantempo.calib.tuning.router import SublayerBlend
 from quantempo.errors import RequestError
 
@@ -81,28 +81,6 @@ def test_bad_selections_are_refused() -> None:
         select(features, steps, 11)
     with pytest.raises(RequestError, match="alpha 2"):
         select(features, steps, 5, alpha=2)
-
-
-@pytest.mark.parametrize("count", [1, 7, 100, 1024])
-def test_allocated_numbers_add_up(count: int) -> None:
-    features = np.random.default_rng(count).standard_normal((13, 20))
-    numbers = allocate(features, count)
-    assert sum(numbers) == count
-    assert min(numbers) >= 0
-    assert sum(allocate(np.ones((5, 4)), count)) == count
-
-
-def test_density_and_diversity_pull_apart() -> None:
-    rng = np.random.default_rng(0)
-    base = rng.standard_normal(50)
-    crowd = base + 0.01 * rng.standard_normal((8, 50))
-    features = np.concatenate([crowd, rng.standard_normal((2, 50))])
-    dense = allocate(features, 100, radius=0.1, weight=0.0)
-    assert min(dense[:8]) > max(dense[8:])
-    diverse = allocate(features, 100, radius=0.1, weight=100.0)
-    assert min(diverse[8:]) > max(diverse[:8])
-    with pytest.raises(RequestError, match="0 samples"):
-        allocate(features, 0)
 
 
 # ------------------------------------------------------------------------------------------------- on real trajectories
