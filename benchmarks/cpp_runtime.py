@@ -66,7 +66,7 @@ def cached_twin(bundle: Path, target: Path) -> Path:
     assert quantized.manifest.cache is not None
     index, vectors = quantized.manifest.cache, quantized.manifest.vectors
     plan = from_data(CachePlan, json.loads(quantized.path(index.plan).read_text()), index.plan)
-    corrections = graph_corrections(next(iter(plan.cuts.values())))
+    corrections = graph_corrections(plan.corrections)
     (full,) = (entry for entry in twin.manifest.graphs.values() if entry.variant == FULL)
     found = cut_variants(load_graph(twin.path(full.file)), plan.cuts, plan.probe, corrections)
     graphs = {f"{name}.float-f32": variant.graph for name, variant in found.variants.items()}
