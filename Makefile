@@ -37,6 +37,7 @@ test-full: lint
 	$(PY) benchmarks/caching.py --model unet --json docs/caching.json
 	$(PY) benchmarks/caching_speed.py --model dit-s2 --keep build/speed-graphs --json docs/caching_speed.json
 	$(PY) benchmarks/openvino_speed.py --json docs/openvino_speed.json
+	$(PY) benchmarks/engine_agreement.py --json docs/engine_agreement.json
 	$(PY) benchmarks/selection.py --json docs/selection.json
 	$(PY) benchmarks/compile_cost.py --guard record --json docs/compile_cost.json
 	$(PY) tools/kill_resume.py --json docs/kill_resume.json

@@ -44,6 +44,8 @@ GRAPHS = ("float-f16", "int8-f16", "int8-one-scale-f16", "fp8-f16")
 """Float twin, INT8 with scale groups, INT8 with one scale per tensor, FP8."""
 UNFOLDED = "-unfolded"
 BATCH = Profile({"batch": Range(1, 2, 8)})
+RESIDUAL_BLOCKS = {"demo-dit": 0, "demo-unet": 11, "dit-s2": 0, "unet": 22}
+"""How many kernels more INT8 with groups may have than INT8 with one scale."""
 TAPPED = 100
 """Tensors whose range is taken in one run."""
 Entry = Mapping[str, Any]
@@ -224,6 +226,10 @@ def check(builds: Mapping[str, Entry]) -> list[str]:
         compared = graph == "int8-f16" and "products" in entry and "products" in twin
         if compared and entry["products"] > twin["products"]:
             failures.append(f"{name}: {entry['products']} products, {twin['products']} with one scale")
+        if compared and entry["kernels"] > twin["kernels"] + RESIDUAL_BLOCKS.get(model, 0):
+            failures.append(f"{name}: {entry['kernels']} kernels, {twin['kernels']} with one scale")
+        if graph == "fp8-f16" and entry.get("attention", {}).get("float"):
+            failures.append(f"{name}: {entry['attention']['float']} attentions in float")
     return failures
 
 

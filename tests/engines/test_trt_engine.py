@@ -444,7 +444,16 @@ def has_gpu() -> bool:
 
 
 @pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
-def test_without_a_gpu_the_device_says_so() -> None:
+def test_without_a_gpu_the_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaDevice, "_count", lambda _: 0)
+    with pytest.raises(EngineError, match="no NVIDIA GPU that this process can use"):
+        CudaDevice.open()
+
+
+@pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
+def test_a_gpu_that_is_there_says_what_it_is() -> None:
     if not has_gpu():
-        with pytest.raises(EngineError, match="no NVIDIA GPU that this process can use"):
-            CudaDevice.open()
+        pytest.skip("no NVIDIA GPU")
+    device = CudaDevice.open()
+    assert re.fullmatch(r"\d+\.\d", device.capability)
+    assert device.name
