@@ -1,8 +1,8 @@
 """How close two engines come to each other on one bundle, and whether `--engine auto` finds the faster one.
 
 Same-seed PSNR between ONNX Runtime, OpenVINO and the float reference on the demo models; they should part by no more
-than 4 dB below what parts each of them from float.  `--choices` also measures `auto` that many times, each time anew:
-only on a machine that does nothing else.
+than 4 dB below what parts each of them from float.  `--choices` measures `auto` instead, that many times, each time
+anew: only on a machine that does nothing else.
 
     python benchmarks/engine_agreement.py --json docs/engine_agreement.json
     python benchmarks/engine_agreement.py --choices 10 --json docs/engine_agreement.json
