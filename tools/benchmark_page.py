@@ -366,21 +366,21 @@ def compile_cost(facts: dict[str, Any]) -> str:
         "## What a compile costs", "", "```bash", facts["command"], "```", "",
         f"DiT-XL/2 with random weights ({facts['weights_bytes'] / 1e9:.2f} GB in float32), 2 samples of 4 steps with "
         "guidance, export included, one thread.  Memory is peak anonymous memory; pages of mapped weight files do not "
-        f"count.  The peak is {facts['memory_ratio']:.2f} × the float weights; calibration takes "
-        f"{facts['cpu_time_ratio']:.2f} × the CPU time of sampling the same trajectories on the same engine "
-        f"({facts['time_ratio']:.2f} × by the clock, with everything brought to disk).", "",
+        f"count.  The peak is {facts['memory_ratio']:.2f} × the float weights with the latency guard, which runs by "
+        f"default, and {facts['memory_ratio_without_guard']:.2f} × without it.  Calibration, with all ranges that the "
+        f"bundle needs, takes {facts['cpu_time_ratio']:.2f} × the CPU time of sampling the same trajectories on the "
+        f"same engine ({facts['time_ratio']:.2f} × by the clock, with everything brought to disk).", "",
+        f"`quantempo plan` had predicted {facts['predicted']['memory_bytes'] / 1e9:.2f} GB of memory (without the "
+        f"guard) and a bundle of {facts['predicted']['bundle_bytes'] / 1e9:.2f} GB, which has "
+        f"{facts['found']['bundle_bytes'] / 1e9:.2f} GB.", "",
         "| stage | peak anonymous memory, GB | CPU seconds |", "| --- | --- | --- |",
     ]
+    rounds = facts["guard_rounds"]
     for stage, peak in facts["peak_anonymous_bytes"].items():
         if facts["cpu_seconds"].get(stage, 0) >= 0.1:
-            lines.append(f"| {stage} | {peak / 1e9:.2f} | {facts['cpu_seconds'][stage]:.1f} |")
-    if "cpu_time_ratio_with_scan" in facts:
-        lines += [
-            f"| sampling alone | | {facts['cpu_seconds']['plain sampling']:.1f} |", "",
-            "`ranges` is the scan for the scales of attention, which runs 2 samples of at most 8 steps however large "
-            "the calibration is, here as many as the calibration; both together take "
-            f"{facts['cpu_time_ratio_with_scan']:.2f} × the CPU time of sampling what both run.",
-        ]
+            name = f"{stage} (verdicts, rounds: {rounds})" if stage == "latency guard" else stage
+            lines.append(f"| {name} | {peak / 1e9:.2f} | {facts['cpu_seconds'][stage]:.1f} |")
+    lines.append(f"| sampling alone | | {facts['cpu_seconds']['plain sampling']:.1f} |")
     return "\n".join([*lines, ""])
 
 

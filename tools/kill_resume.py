@@ -2,7 +2,7 @@
 
     python tools/kill_resume.py --json docs/kill_resume.json       # the demo model, 30 kills
 
-Every tenth kill comes at a moment drawn evenly over a whole compile that starts from an empty store of stages.  The
+Every fourth kill comes at a moment drawn evenly over a whole compile that starts from an empty store of stages.  The
 others come within one stage, in turn: calibration, weight rounding, writing (which lowers the graphs, copies, syncs and
 renames), and a stage drawn at random; the store then holds what a compile has made when that stage begins.  Moments are
 drawn in CPU time, evenly over what an undisturbed compile spends there, so that other work on the machine does not push
@@ -189,13 +189,13 @@ def killed(words: list[str], moment: Moment, spent: dict[str, float]) -> float |
 
 def draw_moment(draw: random.Random, index: int, spent: dict[str, float]) -> Moment:
     """See the top of the file."""
-    if index % 10 == 9:
+    if index % 4 == 3:
         at = draw.uniform(0, sum(spent.values()))
         for stage, seconds in spent.items():
             if at <= seconds:
                 return Moment(stage, at / max(seconds, 1e-9), True)
             at -= seconds
-    stage = IN_TURN[index % len(IN_TURN)]
+    stage = IN_TURN[(index - index // 4) % len(IN_TURN)]
     return Moment(draw.choice(list(spent)) if stage == "any" else stage, draw.random(), False)
 
 
