@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -58,6 +58,8 @@ class Timing:
         sample_s: a sample has as many calls as fit into this time, at least two.
         margin: relative difference that counts as one, where the scatter is smaller.
         clock: seconds.
+        alone: open one variant at a time, where both would fill the memory: half of the rounds of the first, those of
+            the second, the other half of the first.
     """
 
     rounds: int = 9
@@ -65,6 +67,7 @@ class Timing:
     sample_s: float = 0.05
     margin: float = 0.01
     clock: Callable[[], float] = time.perf_counter
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,12 @@ def compare(baseline: Variant, candidate: Variant, timing: Timing | None = None)
         EngineError: one of them cannot be opened or run.
     """
     timing = timing or Timing()
-    with ExitStack() as stack:
-        bindings = [_bound(variant, stack) for variant in (baseline, candidate)]
-        samples = _alternate(bindings, timing)
+    if timing.alone:
+        samples = _one_after_another(baseline, candidate, timing)
+    else:
+        with ExitStack() as stack:
+            bindings = [_bound(variant, stack) for variant in (baseline, candidate)]
+            samples = _alternate(bindings, timing)
     rounds = tuple(Round(*pair) for pair in zip(*samples, strict=True))
     ratio, noise = paired_ratio([(r.baseline, r.candidate) for r in rounds])
     return Verdict(
@@ -190,6 +196,22 @@ def _alternate(bindings: Sequence[Binding], timing: Timing) -> list[list[float]]
         for index in order:
             samples[index].append(statistics.fmean(passes[index]))
     return samples
+
+
+def _one_after_another(baseline: Variant, candidate: Variant, timing: Timing) -> list[list[float]]:
+    """Milliseconds a call, per variant and round; steady drift cancels between the halves of the baseline."""
+
+    def block(variant: Variant, rounds: int) -> list[float]:
+        if not rounds:
+            return []
+        with ExitStack() as stack:
+            (samples,) = _alternate([_bound(variant, stack)], replace(timing, rounds=rounds))
+        return samples
+
+    half = (timing.rounds + 1) // 2
+    before = block(baseline, half)
+    middle = block(candidate, timing.rounds)
+    return [[*before, *block(baseline, timing.rounds - half)], middle]
 
 
 def _sample(binding: Binding, calls: int, clock: Callable[[], float]) -> float:

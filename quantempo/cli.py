@@ -14,12 +14,14 @@ import typer
 
 from quantempo.commands import register
 from quantempo.commands.compile import compile_command, plan_command, stages_command
-from quantempo.errors import OutputExists, QuantempoError
+from quantempo.errors import OutputExists, QuantempoError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from quantempo.contracts.manifest import Denoiser
 
     from quantempo.contracts.program import StepProgram
     from quantempo.progress import Progress
@@ -86,6 +88,7 @@ def sample(
     session = quantempo.load(bundle, engine=engine, threads=threads, feature_cache=cache, settings=settings)
     names = [_label(name) for name in label or [] for _ in range(count)]
     arrays: dict[str, Any] = {name: np.repeat(rows, count, axis=0) for name, rows in _arrays(inputs).items()}
+    _check_conditioning(session.manifest.denoiser, names, arrays)
     program = _traced(scheduler, steps or session.manifest.programs.default_steps) if scheduler else None
     result = session(
         class_labels=names or None, batch_size=None if names or arrays else count, seed=seed, rng=rng.value,
@@ -102,6 +105,24 @@ def sample(
     reused = f", {timings.reused / timings.rows:.0%} of the evaluations reused features" if timings.reused else ""
     what = "samples" if latent else "images"
     typer.echo(f"wrote {out}: {len(result.images)} {what}, {timings.total:.2f} s{reused}")
+
+
+def _check_conditioning(denoiser: Denoiser, labels: Sequence[object], arrays: Mapping[str, Any]) -> None:
+    """Refuse a missing condition in the words of the command line."""
+    shapes = {spec.name: f"{spec.dtype} (samples, {', '.join(map(str, spec.shape))})" for spec in denoiser.arrays}
+    missing = [name for name in shapes if name not in arrays]
+    if missing:
+        raise RequestError(
+            f"sample, {', '.join(missing)}", found="no array", wanted=", ".join(shapes[name] for name in missing),
+            cause="the model is conditioned on it",
+            remedy=f"write numpy.savez(FILE, {', '.join(f'{name}=…' for name in missing)}) and pass --inputs FILE",
+        )
+    for spec in denoiser.classes:
+        if not labels:
+            raise RequestError(
+                "sample, class", found="no label", wanted=f"0 to {spec.count - 1}, or a name",
+                cause="the model is conditioned on classes", remedy="add --class 0, repeatable",
+            )
 
 
 @app.command()

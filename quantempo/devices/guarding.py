@@ -31,7 +31,9 @@ from quantempo.engines.guard import Timing, Variant, Verdict, compare
 from quantempo.engines.regions import Region, RegionVerdict, revert_losing, time_regions
 from quantempo.engines.registry import open_engine, preferred_dialect
 from quantempo.errors import NoSites, RequestError, nearest
+from quantempo.planning import graph_bytes
 from quantempo.progress import Advance, silent
+from quantempo.stages.calibration import LARGE_BYTES
 from quantempo.stages.dialects import GraphChoice, lower_graphs
 
 if TYPE_CHECKING:
@@ -174,6 +176,9 @@ def settle(
     plan = subject.plan
     if mode == "off" or not plan.quantized():
         return Guarded(plan)
+    timing = timing or TIMING
+    # Engines hold packed copies of their weights: those of a large model and of its twin are not held at once.
+    timing = replace(timing, alone=timing.alone or graph_bytes(subject.graph) > LARGE_BYTES)
     records, lost = [], []
     engines = [name for name in candidates() if name in TARGETS]
     # On each engine two variants for the verdict, the whole once more, and one without each region.
@@ -182,7 +187,7 @@ def settle(
         maker = _Maker(subject, backend, opened)
         if not maker.sites:
             continue
-        verdict, regions, reverted = _judge(maker, mode, timing or TIMING)
+        verdict, regions, reverted = _judge(maker, mode, timing)
         if len(reverted) == len(maker.sites):
             # The graph stays as it is: another engine gains, and this one can be told to run the float bundle.
             lost.append(backend)

@@ -328,3 +328,27 @@ def test_regions_must_be_disjoint_and_hold_something(tmp_path: Path, regions: tu
     machine = Machine()
     with pytest.raises(PlanError, match=r"(?s)latency guard: regions.*disjoint regions with sites"):
         revert_losing(regions, model(machine, tmp_path, {"s": 1.0}), machine.variant(tmp_path, "float", 1.0))
+
+
+def test_one_variant_at_a_time_where_memory_is_short(tmp_path: Path) -> None:
+    machine = Machine(drift=0.2, noise=0.01)
+    told: list[str] = []
+
+    def watched(variant: Variant) -> Variant:
+        def make() -> Engine:
+            assert len(machine.opened) == len(machine.closed), "nothing else is open"
+            told.append(variant.label)
+            return variant.open()
+
+        return Variant(variant.label, variant.backend, make, variant.feeds)
+
+    pair = [watched(machine.variant(tmp_path, label, ms)) for label, ms in (("float", 2.0), ("int8", 1.5))]
+    found = compare(*pair, machine.timing(alone=True, rounds=9))
+    assert told == ["float", "int8", "float"]
+    assert machine.closed == told
+    assert len(found.rounds) == 9
+    assert found.wins
+    assert found.ratio == pytest.approx(0.75, abs=0.03), "drift over all of it cancels"
+    assert compare(*pair, machine.timing(alone=True, rounds=1)).rounds
+    with pytest.raises(AssertionError, match="nothing else"):
+        compare(*pair, machine.timing())

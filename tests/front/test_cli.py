@@ -191,6 +191,13 @@ def test_compile_writes_a_bundle_and_sums_up(cli: Any, tmp_path: Path) -> None:
     assert read_bundle(out).manifest.precision == "float32"
 
 
+def test_a_sample_without_a_class_says_which_flag_is_missing(cli: Any, dit_bundle: OpenBundle, tmp_path: Path) -> None:
+    code, _, err = cli("sample", dit_bundle.root, "-o", tmp_path / "a.png")
+    assert code == 1
+    assert "RequestError: sample, class: found no label, wanted 0 to 9, or a name" in err
+    assert "add --class 0" in err
+
+
 def test_sample_writes_a_grid_and_does_not_overwrite_it(cli: Any, dit_bundle: OpenBundle, tmp_path: Path) -> None:
     out = tmp_path / "pictures" / "grid.png"
     words = ("sample", dit_bundle.root, "-o", out, "--class", "3", "--class", "digit 7", "--count", 2, "--steps", 4)

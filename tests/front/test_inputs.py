@@ -38,6 +38,10 @@ def test_a_conditioned_model_from_its_directory_to_latents(cli: Any, prompts: Pa
     code, _, err = cli(*command, "--calib-set", prompts)
     assert code == 0, err
 
+    code, _, err = cli("sample", bundle, "--steps", 3, "-o", tmp_path / "x.npy")
+    assert code == 1
+    assert "write numpy.savez(FILE, encoder_hidden_states=…) and pass --inputs FILE" in err
+
     code, text, err = cli("sample", bundle, "--inputs", prompts, "--count", 2, "--steps", 3, "-o", tmp_path / "x.npy")
     assert code == 0, err
     assert "8 samples" in text
