@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantempo.contracts.manifest import Denoiser
-
     from quantempo.contracts.program import StepProgram
     from quantempo.progress import Progress
 

@@ -63,6 +63,14 @@ def test_the_full_run_renews_every_file_of_results_or_the_page_says_why_not() ->
     assert not named & excused
 
 
+def test_the_predicted_memory_is_near_the_measured_peak() -> None:
+    facts = json.loads((ROOT / "docs" / "compile_cost.json").read_text())
+    stages = {name: peak for name, peak in facts["peak_anonymous_bytes"].items() if name != "latency guard"}
+    assert len(stages) > 5
+    assert 0.9 < facts["predicted"]["memory_bytes"] / max(stages.values()) < 1.4
+    assert 0.9 < facts["predicted"]["bundle_bytes"] / facts["found"]["bundle_bytes"] < 1.1
+
+
 def test_every_section_of_the_benchmark_page_shows_its_command() -> None:
     sections = re.split(r"^## ", SHOWN, flags=re.MULTILINE)[1:]
     assert len(sections) > 5
