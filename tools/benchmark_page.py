@@ -19,7 +19,8 @@ Every section shows the command that measures its figures anew; every script in 
 does.  A file of results may hold runs on several machines, which its table names.  `make test-full` runs them all but
 these: `peers.json` (ModelOpt and optimum, each in an environment of its own), `nncf.json` (NNCF, likewise),
 `rtx_strip.json` (an installation of TensorRT for RTX), `models_versions.json` (environments with older diffusers),
-`cpp_clean.json` (a clean clone and several compilers) and `cpp_runtime.json` (bundles and graph variants made before).
+`cpp_clean.json` (a clean clone and several compilers), `cpp_headers.json` (headers of CUDA and TensorRT) and
+`cpp_runtime.json` (bundles and graph variants made before).
 
 Times are medians of runs in alternation on one machine; only ratios carry over to another one.  Fidelity is same-seed
 PSNR: decoded images in [0, 1], quantized against float from the same noise, mean over images.  *Best single scale* is

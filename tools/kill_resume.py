@@ -97,14 +97,14 @@ class Compile:
 
     def stages(self) -> list[str]:
         """Stages that began, in order."""
-        self._log.seek(0)
-        lines = [line for line in self._log.read().splitlines(keepends=True) if line.endswith("}\n")]
+        lines = [line for line in self.text().splitlines(keepends=True) if line[0] == "{" and line.endswith("}\n")]
         return [event["stage"] for event in map(json.loads, lines) if event["event"] == "start"]
 
     def text(self) -> str:
         """The whole log."""
-        self._log.seek(0)
-        return self._log.read()
+        # The fork writes where this file's own position is, so it must not be moved.
+        file = self._log.fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
 
     def cpu(self) -> float:
         """CPU seconds of all its threads."""

@@ -111,8 +111,8 @@ SET = {
     "range_method": "mse", "activation_bits": 8, "centre": False, "weight_method": "mse", "samples": 9, "batch": 3,
     "guidance": [2.0], "steps": [6, 7], "schedulers": ["a"], "classes": [1, 2], "seed": 4, "selection": "single",
     "hard_cases": 0, "size": "8x8", "tokens": 5, "controlnets": ["b"], "ip_adapters": ["c"], "inputs": "d.npz",
-    "calibration": "e.txt", "rules": [{"match": "x"}], "keep": ["f"], "exclude": ["g"], "cache": "every:2",
-    "cache_cut": "branch:1", "cache_min_psnr": 30.0, "cache_max_ms": 9.0, "cache_steps": [6], "max_steps": 11,
+    "code": "h.py", "calibration": "e.txt", "rules": [{"match": "x"}], "keep": ["f"], "exclude": ["g"],
+    "cache": "every:2", "cache_cut": "branch:1", "cache_min_psnr": 30.0, "cache_max_ms": 9.0, "cache_steps": [6], "max_steps": 11,
     "default_guidance": 3.0, "reference": False, "threads": 2,
 }
 FLAGS = [
@@ -120,7 +120,7 @@ FLAGS = [
     ("--range-method", "mse"), ("--activation-bits", 8), ("--no-centre",), ("--weight-method", "mse"), ("--samples", 9),
     ("--batch", 3), ("--guidance", "2"), ("--steps", "6,7"), ("--calib-scheduler", "a"), ("--class", 1), ("--class", 2),
     ("--seed", 4), ("--selection", "single"), ("--hard-cases", 0), ("--size", "8x8"), ("--tokens", 5),
-    ("--controlnet", "b"), ("--ip-adapter", "c"), ("--inputs", "d.npz"), ("--calib-set", "e.txt"),
+    ("--controlnet", "b"), ("--ip-adapter", "c"), ("--inputs", "d.npz"), ("--code", "h.py"), ("--calib-set", "e.txt"),
     ("--rule", "{match: x}"), ("--keep", "f"), ("--exclude", "g"), ("--cache", "every:2"), ("--cache-cut", "branch:1"),
     ("--cache-min-psnr", 30), ("--max-time", 9), ("--cache-steps", "6"), ("--max-steps", 11),
     ("--default-guidance", 3), ("--no-reference",), ("--threads", 2),
