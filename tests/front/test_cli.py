@@ -112,7 +112,8 @@ SET = {
     "guidance": [2.0], "steps": [6, 7], "schedulers": ["a"], "classes": [1, 2], "seed": 4, "selection": "single",
     "hard_cases": 0, "size": "8x8", "tokens": 5, "controlnets": ["b"], "ip_adapters": ["c"], "inputs": "d.npz",
     "code": "h.py", "calibration": "e.txt", "rules": [{"match": "x"}], "keep": ["f"], "exclude": ["g"],
-    "cache": "every:2", "cache_cut": "branch:1", "cache_min_psnr": 30.0, "cache_max_ms": 9.0, "cache_steps": [6], "max_steps": 11,
+    "cache": "every:2", "cache_cut": "branch:1", "cache_min_psnr": 30.0, "cache_max_ms": 9.0, "cache_steps": [6],
+    "max_steps": 11,
     "default_guidance": 3.0, "reference": False, "threads": 2,
 }
 FLAGS = [
