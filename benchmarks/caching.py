@@ -176,12 +176,23 @@ def main() -> None:
         subject = open_subject(args, Path(folder))
         if args.part != "quality":
             PARTS[args.part](subject, args)
+            note_command(args)
         else:
             with suppress(Stopped):
                 for case in args.cases:
                     steps, interval, *samples = map(int, case.split(":"))
                     measure_case(replace(subject, samples=(samples or [args.samples])[0]), steps, interval, args)
         subject.bench.close()
+
+
+def note_command(args: argparse.Namespace) -> None:
+    """Keep what a part was measured with."""
+    words = f"--model {args.model} --part {args.part} --samples {args.samples} --fit {args.fit} --checks {args.checks}"
+    words += f" --calibration {args.calibration}" if args.calibration else ""
+    words += f" --rounds {args.rounds}" if args.part == "times" else ""
+    results = read(args.json)
+    results["commands"] = sorted({*results.get("commands", ()), f"python benchmarks/caching.py {words}"})
+    write(args.json, results)
 
 
 def open_subject(args: argparse.Namespace, folder: Path) -> Subject:

@@ -10,15 +10,15 @@ def cached(results: dict[str, Any]) -> str:
     lines = [
         "## Feature caching, fidelity", "", "```bash",
         *sorted(row["command"] + " --json docs/caching.json" for row in results.get("quality", {}).values()),
-        *(f"python benchmarks/caching.py --model {model} --part {part} --json docs/caching.json"
-          for part, words in (("times", "times"), ("equal-time", "equal_time"), ("dynamic", "dynamic"), ("tap", "tap"))
-          for model in sorted(results.get(words, {}))),
+        *(f"{command} --json docs/caching.json" for command in sorted(results.get("commands", ()))),
         "```", "",
         "INT8 with reuse against float at the same steps, guidance 1.5, held-out seeds; mean squared error of final",
         "latents and, in brackets, PSNR of the images.  *Naive*: reuse at every N-th call and nothing else;",
         "*programmed*: the schedule that whole runs without corrections like best; *corrected*: on that same schedule,",
         "scales of reusing calls and corrections; *full*: these on the schedule that runs with corrections like best,",
         "which is what `compile --cache programmed:N` makes.  Gains are paired, in dB, with 95 % intervals over seeds.",
+        "Corrections are fitted and judged on as many runs as in a compile; scales are from fewer trajectories than the",
+        "demo recipes take (`--calibration`).",
         "", "| case | seeds | naive | programmed | corrected | full | gain of the schedule | of everything |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
