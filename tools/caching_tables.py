@@ -17,8 +17,8 @@ def cached(results: dict[str, Any]) -> str:
         "*programmed*: the schedule that whole runs without corrections like best; *corrected*: on that same schedule,",
         "scales of reusing calls and corrections; *full*: these on the schedule that runs with corrections like best,",
         "which is what `compile --cache programmed:N` makes.  Gains are paired, in dB, with 95 % intervals over seeds.",
-        "Corrections are fitted and judged on as many runs as in a compile; scales are from fewer trajectories than the",
-        "demo recipes take (`--calibration`).",
+        "Corrections are fitted and judged on as many runs as in a compile; scales are from fewer trajectories than",
+        "the demo recipes take (`--calibration`).",
         "", "| case | seeds | naive | programmed | corrected | full | gain of the schedule | of everything |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
