@@ -72,6 +72,44 @@ def tool(name):
     return module
 
 
+def test_the_committed_sweep_reaches_its_bars_and_knows_every_class() -> None:
+    """At least 70 classes are covered, older versions lose at most three, and no class of the library is missing."""
+    sweep = json.loads((ROOT / "docs" / "models.json").read_text())
+    classes = sweep["classes"]
+    assert set(denoiser_classes()) <= set(classes)
+    assert not sweep["not measured"]
+    covered = [name for name, finding in classes.items() if finding["status"] == "covered"]
+    assert sweep["counts"]["covered"] == len(covered) >= tool("model_sweep").ENOUGH == 70
+    for name in covered:
+        finding = classes[name]
+        assert finding["float_error"] <= 1e-4, name
+        assert set(finding["sqnr_db"]) == {"ort", "openvino"}, name
+        assert min(finding["sqnr_db"].values()) >= ENOUGH_DB, name
+    assert all(finding["cause"] for name, finding in classes.items() if name not in covered)
+    for run in json.loads((ROOT / "docs" / "models_versions.json").read_text())["runs"]:
+        assert len(run["lost"]) <= 3
+        assert not run["not run"]
+
+
+def test_the_sweep_fails_where_a_class_is_not_covered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sweep = tool("model_sweep")
+    monkeypatch.setattr(sweep, "prepare", lambda: None)
+    statuses = {"UNet2DModel": "covered", "UNet1DModel": "partial"}
+    monkeypatch.setattr(
+        sweep, "in_process", lambda name, *_: {**sweep.blank(), "status": statuses.get(name, "refused")}
+    )
+    assert sweep.main(["UNet2DModel"]) == 0
+    assert sweep.main(["UNet1DModel"]) == 1
+    few = tmp_path / "few.json"
+    assert sweep.main(["--json", str(few)]) == 1
+    assert json.loads(few.read_text())["counts"]["covered"] == 1
+
+
+def test_reproducers_that_the_page_names_are_there() -> None:
+    for reason in tool("model_sweep").REASONS.values():
+        assert (ROOT / reason.rpartition(" ")[2]).is_file()
+
+
 def test_the_page_of_coverage_is_made_from_its_file() -> None:
     data = json.loads((ROOT / "docs" / "models.json").read_text())
     assert (ROOT / "docs" / "model-coverage.md").read_text() == tool("model_sweep").page(data)
