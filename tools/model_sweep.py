@@ -170,13 +170,14 @@ def page(data: dict[str, Any]) -> str:
     rows = [row(name, finding) for name, finding in data["classes"].items()]
     return "\n".join([
         "# Denoiser classes", "",
-        "Made by `python tools/model_sweep.py`: a tiny model of each denoiser class of diffusers, with random weights,",
-        "is traced, compared with the module on two input sets of different batch sizes, calibrated with two timestep",
-        f"groups{single_groups(data)}, and lowered to INT8 for ONNX Runtime (dialect `ort`) and OpenVINO (dialect",
-        "`portable`).",
-        "*Covered*: float error at most 1e-4, both INT8 graphs run, and one call on inputs that calibration has not",
-        "seen reaches at least 20 dB against the module.  *Partial*: the float graph is right, something after it is",
-        "not.",
+        *textwrap.wrap(
+            "Made by `python tools/model_sweep.py`: a tiny model of each denoiser class of diffusers, with random "
+            "weights, is traced, compared with the module on two input sets of different batch sizes, calibrated with "
+            f"two timestep groups{single_groups(data)}, and lowered to INT8 for ONNX Runtime (dialect `ort`) and "
+            "OpenVINO (dialect `portable`).  *Covered*: float error at most 1e-4, both INT8 graphs run, and one call "
+            "on inputs that calibration has not seen reaches at least 20 dB against the module.  *Partial*: the float "
+            "graph is right, something after it is not.", 118,
+        ), "",
         "Tiny random models say that a class works, not how well a trained one can be quantized.", "",
         f"{counts}.  {versions}.", "", *unmeasured(data["not measured"]),
         "| class | status | float error | ORT, dB | OpenVINO, dB | sites quantized + kept | cache cut | cause |",
