@@ -1,18 +1,15 @@
 """The C++ runtime beside Python: the same bits? And what does it cost in time and memory?
 
-    python benchmarks/cpp_runtime.py BUNDLE... [--json FILE] [--only identity|cost|memory] [--variants FOLDER...]
+    python benchmarks/cpp_runtime.py [--work FOLDER] [--json FILE] [--only identity|cost|memory] [--variants FOLDER...]
 
-Each BUNDLE was compiled with feature caching and has its float twin in `reference/`, as the demo models by
-
-    quantempo compile quantempo/demo/dit -o build/dit --cache every:2
-    quantempo compile tests/models/unet/unet --scheduler tests/models/unet/scheduler -o build/unet --cache every:2
-
-*Identity*: latents bit for bit and the PNG's bytes, over engines, precisions, schedulers, with feature caching (every
-second call of the program reuses) and without.  *Cost*, on ONNX Runtime with one thread (run it on an idle machine):
-microseconds a call of the loop outside the engine, resident memory beside a C program that opens and runs the same
-graph, seconds from opening to the first latents on warm files (and the CPU seconds of that process, which other jobs
-disturb less), bytes of the stripped library.  *Memory*: what the second graph of a cached model adds; each FOLDER is
-one that `benchmarks/caching_speed.py --keep` wrote.
+*Identity*: latents bit for bit and the PNG's bytes, over engines, precisions and schedulers, with feature caching
+and without.  Each scheduler has a bundle of its own of each demo model, compiled for it with `--cache every:2`: a
+cached run replays the program, the vectors and the corrections that were fitted for this scheduler.  *Cost*, on ONNX
+Runtime with one thread (run it on an idle machine): microseconds a call of the loop outside the engine, resident memory
+beside a C program that opens and runs the same graphs, seconds from opening to the first latents on warm files (and the
+CPU seconds of that process, which other jobs disturb less), bytes of the stripped library.  *Memory*: what the second
+graph of a cached model adds; each FOLDER of `--variants` is one that `benchmarks/caching_speed.py --keep` wrote.
+Bundles that `--work` holds already are taken as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -38,9 +35,8 @@ from support.cpp_library import Sampler, call, configure_and_build, engine_libra
 
 import quantempo  # noqa: E402
 from quantempo.contracts.cache import FULL, CachePlan  # noqa: E402
-from quantempo.contracts.codec import canonical_json, from_data  # noqa: E402
+from quantempo.contracts.codec import from_data  # noqa: E402
 from quantempo.contracts.manifest import GraphEntry  # noqa: E402
-from quantempo.contracts.program import StepProgram  # noqa: E402
 from quantempo.export.graph_files import load_graph, specs, write_graphs  # noqa: E402
 from quantempo.export.variants import cut_variants  # noqa: E402
 from quantempo.runtime.bundle import read_bundle  # noqa: E402
@@ -48,10 +44,15 @@ from quantempo.runtime.bundle_writer import BundleWriter  # noqa: E402
 from quantempo.runtime.images import grid, save  # noqa: E402
 from quantempo.runtime.session import Session  # noqa: E402
 from quantempo.stages.cache_runs import graph_corrections  # noqa: E402
-from quantempo.stages.programs import trace_scheduler  # noqa: E402
 
+MODELS = {
+    "dit": ("quantempo/demo/dit", "quantempo/demo/dit/scheduler"),
+    "unet": ("tests/models/unet/unet", "tests/models/unet/scheduler"),
+}
+"""Model and the scheduler's configuration, whose class is exchanged."""
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler")
-STEPS = 20
+STEPS, CALIBRATION = 8, 16
+"""Steps of a run and samples of the calibration: enough for bundles that are compared with themselves."""
 LABELS = (1, 2, 7)
 RUNS = 30
 OPENINGS = 5
@@ -94,79 +95,82 @@ def cached_twin(bundle: Path, target: Path) -> Path:
     return target
 
 
-def program_for(bundle: Path, scheduler: str, cached: bool, folder: Path) -> StepProgram:
-    """Another scheduler's program; `cached` lets every second call reuse what the one before it computed."""
-    stock = json.loads((bundle / "scheduler_config.json").read_text())
-    (folder / "scheduler_config.json").write_text(json.dumps({**stock, "_class_name": scheduler}))
-    program = trace_scheduler(folder, STEPS)
-    if not cached:
-        return program
-    index = read_bundle(bundle).manifest.cache
-    assert index is not None
-    stored = json.loads((bundle / index.programs[str(STEPS)]).read_text())
-    reuse = next(c for c in stored["calls"] if c.get("graph", "full") != "full")
-    again = {"graph": reuse["graph"], "vectors": reuse.get("vectors", {})}
-    return replace(program, calls=tuple(replace(c, **again) if i % 2 else c for i, c in enumerate(program.calls)))
+def compiled(work: Path, model: str, scheduler: str) -> Path:
+    """The bundle of a demo model and a scheduler with feature caching; compiled where it is not there yet."""
+    source, stock = MODELS[model]
+    target = work / f"{model}-{scheduler}"
+    if not (target / "manifest.json").exists():
+        folder = work / "schedulers" / scheduler / model
+        folder.mkdir(parents=True, exist_ok=True)
+        config = json.loads((ROOT / stock / "scheduler_config.json").read_text())
+        (folder / "scheduler_config.json").write_text(json.dumps({**config, "_class_name": scheduler}))
+        call(
+            Path(sys.executable).parent / "quantempo", "compile", ROOT / source, "--scheduler", folder, "-o", target,
+            "--cache", "every:2", "--steps", STEPS, "--samples", CALIBRATION, "--guard", "off", "--overwrite",
+        )  # fmt: skip
+    return target
 
 
-def same_bits(
-    sampler: Sampler, bundle: Path, session: Session, scheduler: str, cached: bool, folder: Path
-) -> dict[str, bool]:
+def same_bits(sampler: Sampler, bundle: Path, session: Session, cached: bool, folder: Path) -> dict[str, Any]:
     """Whether both runtimes agree on three samples."""
-    given: dict[str, Any] = {"feature_cache": "plan" if cached else "none"}
-    words: list[object] = ["--cache", given["feature_cache"]]
-    if scheduler != session.manifest.programs.scheduler:
-        program = program_for(bundle, scheduler, cached, folder)
-        (folder / "program.json").write_text(canonical_json(program))
-        given = {"program": program}
-        words = ["--program", folder / "program.json"]
-    else:
-        given["num_inference_steps"] = STEPS
-        words += ["--steps", STEPS]
+    mode: Literal["plan", "none"] = "plan" if cached else "none"
     out = folder / "out.png"
     labels = [word for label in LABELS for word in ("--class", label)]
     shape = session.manifest.denoiser.latents_shape
-    found = sampler.latents(bundle, shape, folder, *labels, "--seed", 5, "--guidance", 3, "-o", out, *words)
-    wanted = session(list(LABELS), seed=5, guidance_scale=3.0, **given)
+    words = ("--seed", 5, "--steps", STEPS, "--cache", mode, "-o", out)
+    found = sampler.latents(bundle, shape, folder, *labels, *words)
+    wanted = session(list(LABELS), seed=5, num_inference_steps=STEPS, feature_cache=mode)
     save(grid(list(wanted.images), columns=1), folder / "python.png")
     return {
         "latents": found.tobytes() == wanted.latents.tobytes() and bool(np.isfinite(found).all()),
         "png": out.read_bytes() == (folder / "python.png").read_bytes(),
-        "reused": cached and wanted.timings.reused > 0,
-    }
+        "reused": wanted.timings.reused, "evaluations": wanted.timings.rows,
+    }  # fmt: skip
 
 
-def identity(build: Path, bundles: list[Path], work: Path) -> dict[str, dict[str, bool]]:
+def corrections(bundle: Path) -> list[str]:
+    """Those of a bundle's cache plan."""
+    manifest = read_bundle(bundle).manifest
+    assert manifest.cache is not None
+    return list(json.loads((bundle / manifest.cache.plan).read_text()).get("corrections", []))
+
+
+def identity(build: Path, work: Path) -> dict[str, dict[str, Any]]:
     """The whole matrix."""
-    results = {}
-    twins = {bundle: cached_twin(bundle, work / bundle.name) for bundle in bundles}
-    for engine in ("ort", "openvino"):
-        sampler = Sampler(build, engine_library(engine), engine)
-        for bundle in bundles:
-            for precision, root in (("int8", bundle), ("float", twins[bundle])):
-                with quantempo.load(root, engine=engine, threads=1) as session:
-                    for scheduler in SCHEDULERS:
-                        for cached in (False, True):
-                            name = f"{engine} {bundle.name} {precision} {scheduler} {'cached' if cached else 'plain'}"
-                            with tempfile.TemporaryDirectory() as folder:
-                                results[name] = same_bits(sampler, root, session, scheduler, cached, Path(folder))
-                            print(name, results[name], flush=True)
+    results: dict[str, dict[str, Any]] = {}
+    for model in MODELS:
+        for scheduler in SCHEDULERS:
+            bundle = compiled(work, model, scheduler)
+            with tempfile.TemporaryDirectory() as scratch:
+                roots = {"int8": bundle, "float": cached_twin(bundle, Path(scratch) / "twin")}
+                for engine in ("ort", "openvino"):
+                    sampler = Sampler(build, engine_library(engine), engine)
+                    for precision, root in roots.items():
+                        with quantempo.load(root, engine=engine, threads=1) as session:
+                            assert session.manifest.programs.scheduler == scheduler
+                            for cached in (False, True):
+                                name = f"{engine} {model} {precision} {scheduler} {'cached' if cached else 'plain'}"
+                                found = same_bits(sampler, root, session, cached, Path(scratch))
+                                results[name] = found | ({"corrections": corrections(bundle)} if cached else {})
+                                print(name, results[name], flush=True)
     return results
 
 
-def cost(build: Path, bundle: Path) -> dict[str, float]:
-    """Time and memory of one bundle."""
-    library = engine_library("ort")
+def cost(build: Path, bundle: Path, cached: bool) -> dict[str, float]:
+    """Time and memory of one bundle, over calls of its full graph or over a cached program."""
+    library, mode = engine_library("ort"), "plan" if cached else "none"
     manifest = read_bundle(bundle).manifest
     dialect = "float" if manifest.precision == "float32" else "ort"
-    graphs = {entry.variant: entry.file for entry in manifest.graphs.values() if entry.dialect == dialect}
-    shape = manifest.denoiser.latents_shape
-    said = [line.split() for line in call(build / "quantempo-footprint", bundle, library, 1, STEPS, RUNS).splitlines()]
+    graphs = {entry.variant: bundle / entry.file for entry in manifest.graphs.values() if entry.dialect == dialect}
+    opened = [graphs["full"], *((file for name, file in sorted(graphs.items()) if "reuse" in name) if cached else ())]
+    footprint = (build / "quantempo-footprint", bundle, library, 1)
+    said = [line.split() for line in call(*footprint, STEPS, RUNS, mode).splitlines()]
     calls = [float(words[1]) for words in said if words[0] == "call"]
     ours = said[-1]
-    bare = call(build / "quantempo-bare", bundle / graphs["full"], library, *shape, 2, RUNS).split()
+    bare = call(build / "quantempo-bare", library, 2, RUNS * STEPS, *opened).split()
+    steps = STEPS if cached else 1
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    opened = [call(build / "quantempo-footprint", bundle, library, 1, 1, 1).splitlines() for _ in range(OPENINGS)]
+    starts = [call(*footprint, steps, 1, mode).splitlines() for _ in range(OPENINGS)]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     computed = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return {
@@ -174,9 +178,9 @@ def cost(build: Path, bundle: Path) -> dict[str, float]:
         "worst_loop_us_per_call": round(1e6 * max(calls[1:]), 1),
         "resident_mb": round(int(ours[1]) / 1024, 1), "bare_resident_mb": round(int(bare[1]) / 1024, 1),
         "anonymous_mb": round(int(ours[3]) / 1024, 1), "bare_anonymous_mb": round(int(bare[3]) / 1024, 1),
-        "open_seconds": statistics.median(float(lines[0].split()[1]) for lines in opened),
-        "first_latents_seconds": statistics.median(float(lines[1].split()[1]) for lines in opened),
-        "process_cpu_seconds": round(computed / OPENINGS, 3),
+        "open_seconds": statistics.median(float(lines[0].split()[1]) for lines in starts),
+        "first_latents_seconds": statistics.median(float(lines[1].split()[1]) for lines in starts),
+        "first_steps": steps, "process_cpu_seconds": round(computed / OPENINGS, 3),
     }
 
 
@@ -214,7 +218,7 @@ def processor() -> str:
 def main() -> None:
     """Measure and print; figures that are not asked for are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", type=Path, nargs="*")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "cpp-bundles", help="where the bundles are kept")
     parser.add_argument("--variants", type=Path, nargs="+", default=[])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=("identity", "cost", "memory"))
@@ -223,19 +227,21 @@ def main() -> None:
     build = configure_and_build(ROOT / "build" / "cpp", "-DQUANTEMPO_TESTS=ON")
     file: Path | None = arguments.json
     results: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.exists() else {}
-    if arguments.only in (None, "identity") and arguments.bundles:
-        with tempfile.TemporaryDirectory() as work:
-            results["identity"] = identity(build, arguments.bundles, Path(work))
+    work: Path = arguments.work
+    if arguments.only in (None, "identity"):
+        results["identity"] = identity(build, work)
     if arguments.variants:
         results["memory"] = {folder.name: second_graph(build, folder) for folder in arguments.variants}
         print(json.dumps(results["memory"], indent=2))
-    if arguments.only in (None, "cost") and arguments.bundles:
+    if arguments.only in (None, "cost"):
         results |= {"processor": processor(), "conditions": arguments.conditions}
         results["stripped_bytes"] = stripped_bytes(build)
-        results["cost"] = {
-            f"{bundle.name}, {precision}": cost(build, root)
-            for bundle in arguments.bundles for precision, root in (("int8", bundle), ("float", bundle / "reference"))
-        }
+        results["cost"] = {}
+        for model in MODELS:
+            bundle = compiled(work, model, SCHEDULERS[0])
+            results["cost"][f"{model}, int8"] = cost(build, bundle, cached=False)
+            results["cost"][f"{model}, int8, cached"] = cost(build, bundle, cached=True)
+            results["cost"][f"{model}, float"] = cost(build, bundle / "reference", cached=False)
         print(json.dumps(results["cost"], indent=2))
     if file is not None:
         file.write_text(json.dumps(results, indent=2) + "\n")

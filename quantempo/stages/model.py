@@ -191,7 +191,7 @@ def export_model(opened: Opened, store: StageStore) -> Exported:
     name, identity = scheduler_identity(opened.stock)
     steps = sorted({*range(1, recipe.max_steps + 1), *recipe.steps})
     boundary = boundary_timestep(source, opened.stock)
-    programs = _programs(store, opened.stock, identity, steps, boundary)
+    programs = _programs(store, opened.stock, (name, identity), steps, boundary)
     denoiser = _denoiser(store, source, family)
     facts = _read(denoiser.path(FACTS))
     decoder, decoder_graph = Decoder(), None
@@ -235,7 +235,7 @@ def boundary_timestep(source: ModelSource, stock: Any) -> float | None:
 
 
 def _programs(
-    store: StageStore, stock: Any, identity: str, steps: list[int], boundary: float | None
+    store: StageStore, stock: Any, identity: tuple[str, str], steps: list[int], boundary: float | None
 ) -> StageResult:
     from quantempo.export.sampler import trace_programs
 
@@ -245,7 +245,7 @@ def _programs(
             (folder / f"{count:04d}.json").write_text(canonical_json(program))
 
     inputs = {
-        "scheduler": identity, "step counts": steps, "code": code(*EXPORT_CODE),
+        "scheduler": list(identity), "step counts": steps, "code": code(*EXPORT_CODE),
         "libraries": libraries("diffusers", "numpy", "torch"),
     }  # fmt: skip
     return store.run("sampler", inputs if boundary is None else {**inputs, "boundary": boundary}, make)

@@ -308,3 +308,23 @@ def test_a_selection_looks_at_fewer_calls(compile_tiny: Any, tmp_path: Path, wor
     statistics = StatsCollector.load(tmp_path / "bundle" / "report" / "statistics.safetensors")
     visits = sum(statistics.samples().values()) / 4
     assert visits == (4 if words == "single" else 8), "of 4 batches with 4 calls each"
+
+
+def test_two_schedulers_of_one_configuration_have_programs_of_their_own(tmp_path: Path) -> None:
+    """A configuration that was written for one scheduler serves another, and its digest is then the same."""
+    from quantempo.export.sampler import load_scheduler, scheduler_identity
+    from quantempo.stages.model import _programs
+
+    stock = json.loads((tiny_models.unet() / "scheduler" / "scheduler_config.json").read_text())
+    schedulers = []
+    for name in ("DDIMScheduler", "EulerAncestralDiscreteScheduler"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "scheduler_config.json").write_text(json.dumps({**stock, "_class_name": name}))
+        schedulers.append(load_scheduler(folder))
+    identities = [scheduler_identity(scheduler) for scheduler in schedulers]
+    assert identities[0][1] == identities[1][1]
+    with StageStore(tmp_path / "work", SilentProgress()) as store:
+        for scheduler, (name, identity) in zip(schedulers, identities, strict=True):
+            traced = _programs(store, scheduler, (name, identity), [2], None)
+            assert json.loads(traced.path("0002.json").read_text())["scheduler"] == name

@@ -2,7 +2,7 @@
  *
  *     footprint BUNDLE LIBRARY LABEL STEPS RUNS [CACHE]
  *
- * One sample with guidance 4 (two rows a call), one thread, without a decoder, and without feature caching unless CACHE
+ * One sample with the bundle's guidance, one thread, without a decoder, and without feature caching unless CACHE
  * says how.
  */
 #include <stdlib.h>
@@ -27,7 +27,7 @@ int main(int count, char** words) {
   quantempo_open_options open;
   quantempo_sample_options options;
   quantempo_session* session = NULL;
-  const double guidance = 4.0, started = now();
+  const double started = now();
   int64_t label;
   int run, runs;
   if (count != 6 && count != 7) return 2;
@@ -42,8 +42,6 @@ int main(int count, char** words) {
   quantempo_sample_options_defaults(&options);
   options.labels = &label;
   options.labels_count = 1;
-  options.guidance = &guidance;
-  options.guidance_count = 1;
   options.has_seed = 1;
   options.steps = atoll(words[4]);
   options.decode = 0;
