@@ -29,6 +29,7 @@ test-full: lint
 	$(PY) tools/cpp_sanitizers.py --json docs/cpp_sanitizers.json
 	$(PY) tools/scheduler_sweep.py
 	$(PY) tools/model_sweep.py
+	$(PY) benchmarks/unknown_classes.py --json docs/unknown_classes.json
 	$(PY) benchmarks/quality.py --json docs/quality.json
 	$(PY) benchmarks/int8_speed.py --json docs/speed.json
 	$(PY) benchmarks/loop_overhead.py --json docs/loop_overhead.json

@@ -98,16 +98,25 @@ class OrtStatic:
         scope += ", OpTypesToExcludeOutputQuantization=[Conv, MatMul, Gemm]" if self.float_outputs else ""
         kept = " and the layers that quantempo keeps" if self.ours else ""
         return (
-            f"quant_pre_process, then quantize_static(QDQ, activations QUInt8, weights QInt8, per_channel, "
-            f"{self.method}, {scope}{kept})"
+            f"quant_pre_process (without symbolic shapes where it can't follow them), then quantize_static(QDQ, "
+            f"activations QUInt8, weights QInt8, per_channel, {self.method}, {scope}{kept})"
         )
 
     def quantize(self, job: Job) -> Path:
+        import onnx
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         prepared, path = job.folder / "quant_pre_process.onnx", file_of(self, job, ".onnx")
-        quant_pre_process(job.graph, prepared)
+        try:
+            quant_pre_process(job.graph, prepared)
+        except Exception as error:  # its way to say that it can't follow a shape, for which it has an option
+            if "Incomplete symbolic shape inference" not in str(error):
+                raise
+            # There it looks for weight files where they are not; without symbolic shapes a copy without any serves.
+            whole = job.folder / "whole.onnx"
+            onnx.save(onnx.load(job.graph), whole)
+            quant_pre_process(whole, prepared, skip_symbolic_shape=True)
         # Its option MatMulConstBOnly, which says just that, does nothing in the QDQ format.
         exclude = [*(products_without_weights(prepared) if self.products else [])]
         exclude += nodes_that_make(prepared, job.keep) if self.ours else []
