@@ -236,6 +236,12 @@ def clearly_lower(one: Floats, other: Floats) -> bool:
     return float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain))
 
 
+def clearly_lower_in_decibels(one: Floats, other: Floats) -> bool:
+    """`clearly_lower` of logarithms, in which a few samples with large errors do not decide alone."""
+    tiny = np.finfo(np.float64).tiny
+    return clearly_lower(np.log(np.maximum(one, tiny)), np.log(np.maximum(other, tiny)))
+
+
 def improved(
     refreshes: Sequence[int], calls: int, longest: int, error: Callable[[Schedule], Floats], runs: int,
     cost: Callable[[Schedule], float] | None = None,

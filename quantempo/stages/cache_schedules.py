@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import product, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from quantempo.calib.cache.schedules import (
     Schedule,
     bounds_of,
     clearly_lower,
+    clearly_lower_in_decibels,
     cost_of,
     every,
     improved,
@@ -125,10 +126,26 @@ class ScheduleSearch:
 
         best = improved(start, calls, bounds[1], runs.error, SEARCH_RUNS, cost)
         judge = runs.on(check_batches(bench, settings, program))
-        for found in (best, *runs.lowest(JUDGED)):
-            if found == even or clearly_lower(judge.error(found), judge.error(even)):
+        return judged(even, (best, *runs.lowest(JUDGED)), judge.error)
+
+
+def judged(even: Schedule, candidates: Sequence[Schedule], error: Callable[[Schedule], Errors]) -> Schedule:
+    """The first schedule that held-out runs find better than even spacing.
+
+    Mean squared errors decide.  Those of a few samples may be so large that no mean of some dozens tells anything, so
+    candidates that came before even spacing in the search get a second chance in decibels.
+
+    Args:
+        even: to be beaten, and the result where nothing does.
+        candidates: the most promising first.
+        error: of a schedule on held-out runs, one value per sample.
+    """
+    before = tuple(takewhile(lambda found: found != even, candidates))
+    for lower in (clearly_lower, clearly_lower_in_decibels):
+        for found in before:
+            if lower(error(found), error(even)):
                 return found
-        return even
+    return even
 
 
 class WholeRuns:

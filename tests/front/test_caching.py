@@ -49,6 +49,7 @@ from quantempo.stages.cache_schedules import (
     WholeRuns,
     closest_costs,
     feature_changes,
+    judged,
     scheduled,
     search_batches,
 )
@@ -346,6 +347,16 @@ def test_a_programmed_schedule_is_taken_only_where_held_out_runs_agree(
     assert search.schedule("programmed", 2) == best
     monkeypatch.setattr(_Told, "agree", False)
     assert search.schedule("programmed", 2) == every(STEPS, 2)
+
+
+def test_means_decide_before_decibels_and_only_among_what_came_before_even_spacing() -> None:
+    even, heavy, light, after = (0, 2), (0, 1), (0, 3), (0, 4)
+    errors = {
+        even: np.full(8, 1.0), heavy: np.array([0.1] * 7 + [20.0]), light: np.full(8, 0.9), after: np.full(8, 0.1)
+    }
+    assert judged(even, (heavy, light, even, after), errors.__getitem__) == light
+    assert judged(even, (heavy, even, light), errors.__getitem__) == heavy
+    assert judged(even, (even, light), errors.__getitem__) == even
 
 
 @pytest.mark.parametrize("corrected", [False, True])
