@@ -105,7 +105,10 @@ def make_graphs(name: str, folder: Path, cut_text: str) -> dict[str, Any]:
         "partition": to_data(table.partition),
         "variants": {key: {"reads": v.reads, "writes": v.writes, "vectors": v.vectors}
                      for key, v in cut.set.variants.items()},
-        "channels": {f.name: f.channels for f in cut.set.features.values()},
+        "channels": {
+            **{f.name: f.channels for f in cut.set.features.values()},
+            **{f"{f.name}.product": f.product_channels for f in cut.set.features.values()},
+        },
         "products": {key: sum(n.op_type in ("MatMul", "Conv", "Gemm") for n in v.graph.graph)
                      for key, v in cut.set.variants.items()},
     }  # fmt: skip
