@@ -108,17 +108,20 @@ def call_error(
     plan = replace(parts.plan, centred=())
     collector = StatsCollector(FULL, tensors)
     with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        write_graphs(Path(folder), {"float": parts.exported.graph})
+        tapped_at, quantized_at = Path(folder) / "tapped", Path(folder) / "quantized"
+        tapped_at.mkdir()
+        quantized_at.mkdir()
+        write_graphs(tapped_at, {"float": parts.exported.graph})
         options = EngineOptions(threads=1, extra_outputs=tensors)
-        tapped = open_engine("ort", Path(folder) / "float.onnx", options)
+        tapped = open_engine("ort", tapped_at / "float.onnx", options)
         for call in sorted({point.call for point in chosen}):
             rows = [point for point in chosen if point.call == call]
             seen = tapped.run({n: np.concatenate([p.feeds[n] for p in rows]) for n in tapped.inputs})
             collector.observe(rows[0].key, seen, seeds=range(len(rows)))
         tapped.close()
         table = build_table(collector.stats(), partition, "minmax", activation_bits(plan))
-        write_graphs(Path(folder), {"int8": lower_ort(parts.exported.graph, plan, table, parts.weights)})
-        engine = open_engine("ort", Path(folder) / "int8.onnx", EngineOptions(threads=1))
+        write_graphs(quantized_at, {"int8": lower_ort(parts.exported.graph, plan, table, parts.weights)})
+        engine = open_engine("ort", quantized_at / "int8.onnx", EngineOptions(threads=1))
         total = 0.0
         for call in sorted({point.call for point in held}):
             rows = [point for point in held if point.call == call]
