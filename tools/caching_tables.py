@@ -103,9 +103,12 @@ def parts(results: dict[str, Any]) -> list[str]:
             shares = ", ".join(f"{100 * v:.0f} % at {k} times" for k, v in row["reused_by_threshold"].items())
             lines += ["", f"{model}, {policy}, 20 steps: {row['psnr_db']:.2f} dB; reuse {shares} the threshold."]
     for model, row in results.get("tap", {}).items():
+        low, high = (100 * bound / row["mse"]["uniform"] for bound in row["uniform - tap"][1:])
+        better = 100 * row["relative"]
         lines += ["", (
-            f"Calibration samples by TAP instead of uniform draws, {model}: error per held-out call "
-            f"{100 * row['relative']:+.2f} % lower ({row['draws']} draws of {row['selected']} from {row['pool']})."
+            f"Calibration samples by TAP instead of uniform draws, {model}: the error per held-out call is "
+            f"{abs(better):.1f} % {'lower' if better > 0 else 'higher'} (95 % interval of what TAP saves: {low:+.1f} % "
+            f"to {high:+.1f} %; {row['draws']} draws of {row['selected']} from {row['pool']})."
         )]  # fmt: skip
     return lines
 
