@@ -9,7 +9,7 @@ all of them, and the next call sees inputs as the finished program makes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,24 +138,17 @@ def fit_prediction(
     Returns:
         The correction, and the final latents of the runs that it was fitted on, corrected.
     """
-    rows = _neutral(bench, program, PREDICTION_VECTORS)
-    prepared = correct_every_call(program, PREDICTION, PREDICTION_VECTORS)
-    found: list[Correction | None] = [None] * len(program.calls)
 
-    def fit(index: int, registers: Registers, noise: NoiseSource) -> None:
-        pair = _wanted(prepared.calls[index], index, registers, noise, reference)
+    def fit(call: Call, index: int, registers: Registers, noise: NoiseSource) -> Correction | None:
+        pair = _wanted(call, index, registers, noise, reference)
         if pair is None:
-            return
+            return None
         own, wanted = pair
         each = CorrectionFit(1, wanted.shape[1])
         each.observe(0, own, wanted, range(len(own)))
-        made = each.fit({"prediction": estimate_prediction, "affine": estimate_affine})
-        found[index] = made
-        _write(rows, PREDICTION_VECTORS, index, made)
+        return each.fit({"prediction": estimate_prediction, "affine": estimate_affine})
 
-    loop = bench.loop("quantized", {**vectors, **rows})
-    final = bench.run(loop, prepared, reference.batch, on_prediction=fit)
-    return joined(found, _channels(bench)), final
+    return _fit_call_by_call(bench, program, vectors, reference.batch, PREDICTION, PREDICTION_VECTORS, fit)
 
 
 def fit_latents(
@@ -175,24 +168,35 @@ def fit_latents(
     Returns:
         The correction, and the final latents of the runs that it was fitted on, corrected.
     """
-    rows = _neutral(bench, program, LATENTS_VECTORS)
-    prepared = correct_every_call(program, LATENTS, LATENTS_VECTORS)
-    found: list[Correction | None] = [None] * len(program.calls)
 
-    def fit(index: int, registers: Registers, noise: NoiseSource) -> None:
-        call, wanted = prepared.calls[index], reference.after[index]
-        aimed = aim(call)
+    def fit(call: Call, index: int, registers: Registers, noise: NoiseSource) -> Correction | None:
+        aimed, wanted = aim(call), reference.after[index]
         if wanted is None or aimed is None or aimed[0] != LATENTS:
-            return
+            return None
         ahead = _look_ahead(call, registers, noise)[1]
         each = VarianceFit(wanted.var(axis=(0, *range(2, wanted.ndim)), dtype=np.float64)[None])
         each.observe(0, ahead[LATENTS], wanted, range(len(wanted)))
-        made = each.fit("auto")
-        found[index] = made
-        _write(rows, LATENTS_VECTORS, index, made)
+        return each.fit("auto")
 
-    loop = bench.loop("quantized", {**vectors, **rows})
-    final = bench.run(loop, prepared, reference.batch, on_prediction=fit)
+    return _fit_call_by_call(bench, program, vectors, reference.batch, LATENTS, LATENTS_VECTORS, fit)
+
+
+def _fit_call_by_call(
+    bench: VariantBench, program: StepProgram, vectors: Mapping[str, Float32s], batch: TrajectoryBatch, register: str,
+    names: tuple[str, str], fit: Callable[[Call, int, Registers, NoiseSource], Correction | None],
+) -> tuple[Correction, Float32s]:
+    """Run a batch whose every call is corrected as soon as `fit` has said how, and the final latents of that run."""
+    rows = _neutral(bench, program, names)
+    prepared = correct_every_call(program, register, names)
+    found: list[Correction | None] = [None] * len(program.calls)
+
+    def correct(index: int, registers: Registers, noise: NoiseSource) -> None:
+        made = fit(prepared.calls[index], index, registers, noise)
+        if made is not None:
+            found[index] = made
+            _write(rows, names, index, made)
+
+    final = bench.run(bench.loop("quantized", {**vectors, **rows}), prepared, batch, on_prediction=correct)
     return joined(found, _channels(bench)), final
 
 
