@@ -19,7 +19,7 @@ and *apart* are *full* with the model's own scales everywhere, and with scales o
 
 `equal-time` compares the 50-step rows with the float model at as many steps as fit in the same time, at batch 32; `tap`
 compares calibration samples chosen from cached trajectories with uniform draws; `dynamic` runs the policies that decide
-at run time.
+at run time; `noise` has a sampler that adds noise of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from caching_noise import noise_effect
 from caching_results import Latents, compare, read, write
 from caching_tap import tap_effect
 from numpy.typing import NDArray
@@ -166,8 +167,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[f"{s}:{n}" for s, n in CASES], help="STEPS:N or STEPS:N:SAMPLES")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=[*ROWS, *MORE_ROWS], help="variants")
     parser.add_argument("--rounds", type=int, default=3, help="of `times`")
-    parser.add_argument("--count", type=int, default=64, help="samples that `tap` selects")
-    parser.add_argument("--draws", type=int, default=8, help="selections of `tap`")
+    parser.add_argument("--counts", type=int, nargs="+", default=[20, 32, 64], help="samples that `tap` selects")
+    parser.add_argument("--draws", type=int, default=200, help="selections of `tap`, of each size")
     parser.add_argument("--part", choices=["quality", *PARTS], default="quality")
     parser.add_argument("--work", type=Path, help="folder for results of stages")
     parser.add_argument("--json", type=Path)
@@ -434,7 +435,7 @@ def with_threshold(program: StepProgram, factor: float) -> StepProgram:
     return replace(program, calls=tuple(calls))
 
 
-PARTS = {"times": times, "equal-time": equal_time, "dynamic": dynamic, "tap": tap_effect}
+PARTS = {"times": times, "equal-time": equal_time, "dynamic": dynamic, "tap": tap_effect, "noise": noise_effect}
 
 
 if __name__ == "__main__":

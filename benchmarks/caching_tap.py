@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from quantempo.calib.cache.schedules import every
 from quantempo.calib.cache.tap import select
-from quantempo.calib.collect import StatsCollector
 from quantempo.calib.tables import build_table
 from quantempo.contracts.cache import FULL
 from quantempo.contracts.engine import EngineOptions
 from quantempo.contracts.partition import Partition
 from quantempo.contracts.program import StepProgram
+from quantempo.contracts.stats import StatsKey, TensorStats
 from quantempo.engines.registry import open_engine
 from quantempo.export.graph_files import write_graphs
 from quantempo.export.lower_ort import lower_ort
@@ -31,40 +31,59 @@ from quantempo.stages.cache_schedules import scheduled
 from quantempo.stages.quantizers import activation_bits
 from quantempo.stages.teacher import GIVEN
 
+HELD_OUT = 16
+"""Trajectories, whose seeds begin that far behind those of the pool:"""
+HELD_OUT_OFFSET = 1000
+GROUPS = 4
+Floats = NDArray[np.float64]
+
 
 def tap_effect(subject: Any, args: argparse.Namespace) -> None:
     """Scales from samples chosen by TAP against scales from uniform draws of equal size, on held-out cached calls.
 
-    The pool is every call of the even N = 3 trajectories of the float model; scales are min-max, in four groups of
-    timesteps, of the graph that computes everything; the error is that of its prediction at each held-out call.
+    The pool is every call of the even N = 3 trajectories of the float model; ranges are found as the recipe says, in
+    four groups of timesteps, for the graph that computes everything; the error is that of its prediction, at each
+    held-out call.
     """
-    plain = subject.parts.exported.program(20)
-    bench = subject.bench
-    program = scheduled(bench, plain, every(20, 3))
+    program = scheduled(subject.bench, subject.parts.exported.program(20), every(20, 3))
     pool = capture(subject, program, subject.settings.samples)
-    held = capture(subject, program, 8, offset=1000)
-    keys = np.array([point.key for point in pool])
+    held = capture(subject, program, HELD_OUT, HELD_OUT_OFFSET)
+    judge = Judge(subject, pool, held)
     features = np.stack([point.feeds["sample"][0] for point in pool])
-    count = args.count
-    found: dict[str, list[float]] = {"tap": [], "uniform": []}
-    for seed in range(args.draws):
-        picks = {
-            "tap": select(features, np.array([point.call for point in pool]), count, seed=seed),
-            "uniform": np.random.default_rng(seed).choice(len(pool), count, replace=False),
-        }
-        for name, indices in picks.items():
-            found[name].append(call_error(subject, [pool[i] for i in indices], held, keys))
-    differences = np.array(found["uniform"]) - np.array(found["tap"])
-    row = {
-        "pool": len(pool), "selected": count, "draws": args.draws, "held_out_calls": len(held),
-        "mse": {name: float(np.mean(values)) for name, values in found.items()},
-        "uniform - tap": interval_of(differences),
-        "relative": float(differences.mean() / np.mean(found["uniform"])),
+    calls = np.array([point.call for point in pool])
+    row: dict[str, Any] = {
+        "pool": len(pool), "draws": args.draws, "held_out_calls": len(held), "groups": GROUPS,
+        "ranges": subject.parts.recipe.range_method, "counts": {},
     }
+    for count in args.counts:
+        chosen = [select(features, calls, count, seed=seed) for seed in range(args.draws)]
+        drawn = [judge.uniform(count, seed) for seed in range(args.draws)]
+        row["counts"][str(count)] = found = effect(*(np.stack([judge.errors(p) for p in ps]) for ps in (chosen, drawn)))
+        print(subject.name, count, found, flush=True)
     results = read(args.json)
     results.setdefault("tap", {})[subject.name] = row
     write(args.json, results)
-    print(row)
+
+
+def effect(tap: Floats, uniform: Floats) -> dict[str, Any]:
+    """What TAP saves, as a share of the uniform draws' error, with 95 % intervals over draws.
+
+    `saved` is of the mean over calls, in which the last call outweighs all others; `saved_per_call` is of the geometric
+    mean, in which every call counts alike.
+
+    Args:
+        tap: (draws, calls), mean squared errors.
+        uniform: likewise.
+    """
+    shares = (uniform.mean(axis=1) - tap.mean(axis=1)) / uniform.mean()
+    logs = np.log(tap).mean(axis=1) - np.log(uniform).mean(axis=1)
+    middle, low, high = -np.expm1(interval_of(logs))
+    return {
+        "mse": {"tap": float(tap.mean()), "uniform": float(uniform.mean())},
+        "by_call": {"tap": tap.mean(axis=0).tolist(), "uniform": uniform.mean(axis=0).tolist()},
+        "saved": interval_of(shares),
+        "saved_per_call": [float(middle), float(high), float(low)],
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,37 +116,71 @@ def capture(subject: Any, program: StepProgram, samples: int, offset: int = 0) -
     return points
 
 
-def call_error(
-    subject: Any, chosen: Sequence[Point], held: Sequence[Point], keys: NDArray[np.float64]
-) -> float:
-    """Mean squared error of the quantized prediction at held-out calls, with scales from the chosen points."""
-    parts = subject.parts
-    borders = tuple(float(b) for b in np.quantile(keys, [0.25, 0.5, 0.75]))
-    partition = Partition(borders, float(keys.min()), float(keys.max()))
-    tensors = parts.plan.scaled_tensors()
-    plan = replace(parts.plan, centred=())
-    collector = StatsCollector(FULL, tensors)
-    with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
-        tapped_at, quantized_at = Path(folder) / "tapped", Path(folder) / "quantized"
-        tapped_at.mkdir()
-        quantized_at.mkdir()
-        write_graphs(tapped_at, {"float": parts.exported.graph})
-        options = EngineOptions(threads=1, extra_outputs=tensors)
-        tapped = open_engine("ort", tapped_at / "float.onnx", options)
-        for call in sorted({point.call for point in chosen}):
-            rows = [point for point in chosen if point.call == call]
-            seen = tapped.run({n: np.concatenate([p.feeds[n] for p in rows]) for n in tapped.inputs})
-            collector.observe(rows[0].key, seen, seeds=range(len(rows)))
-        tapped.close()
-        table = build_table(collector.stats(), partition, "minmax", activation_bits(plan))
-        write_graphs(quantized_at, {"int8": lower_ort(parts.exported.graph, plan, table, parts.weights)})
-        engine = open_engine("ort", quantized_at / "int8.onnx", EngineOptions(threads=1))
-        total = 0.0
-        for call in sorted({point.call for point in held}):
-            rows = [point for point in held if point.call == call]
-            feeds = {n: np.concatenate([p.feeds[n] for p in rows]) for n in engine.inputs if n != GROUP_INPUT}
-            group = np.array(partition.group_of(rows[0].key))
-            made = engine.run({**feeds, GROUP_INPUT: group})[parts.manifest.denoiser.prediction]
-            total += float(np.sum((made - np.concatenate([p.wanted for p in rows])) ** 2)) / made[0].size
-        engine.close()
-    return total / len(held)
+class Judge:
+    """Errors of the quantized prediction at held-out calls, with scales from some points of a pool.
+
+    Statistics of each point are collected once, so a selection costs a lowering and the held-out calls.
+
+    Args:
+        subject: the model.
+        pool: points to select from.
+        held: points to judge by.
+    """
+
+    def __init__(self, subject: Any, pool: Sequence[Point], held: Sequence[Point]) -> None:
+        self._parts = subject.parts
+        keys = [point.key for point in pool]
+        borders = np.quantile(keys, np.arange(1, GROUPS) / GROUPS)
+        self._partition = Partition(tuple(float(b) for b in borders), float(min(keys)), float(max(keys)))
+        self._plan = replace(subject.parts.plan, centred=())
+        self._bits = activation_bits(self._plan)
+        self._keys = keys
+        self._stats = self._statistics(pool)
+        self._held = [self._joined([p for p in held if p.call == call]) for call in sorted({p.call for p in held})]
+
+    def uniform(self, count: int, seed: int) -> NDArray[np.intp]:
+        """A uniform draw; drawn again where it leaves a group without samples, since that would give no scales."""
+        rng = np.random.default_rng(seed)
+        while True:
+            found: NDArray[np.intp] = rng.choice(len(self._keys), count, replace=False)
+            if len({int(self._partition.group_of(self._keys[i])) for i in found}) == GROUPS:
+                return found
+
+    def errors(self, indices: Iterable[int]) -> Floats:
+        """Mean squared error per call, (calls,)."""
+        parts, plan = self._parts, self._plan
+        merged: dict[StatsKey, TensorStats] = {}
+        for index in indices:
+            for tensor, stats in self._stats[index].items():
+                key = StatsKey(FULL, tensor, self._keys[index], "")
+                merged[key] = merged[key].merge(stats) if key in merged else stats
+        table = build_table(merged, self._partition, parts.recipe.range_method, self._bits)
+        with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+            write_graphs(Path(folder), {"int8": lower_ort(parts.exported.graph, plan, table, parts.weights)})
+            engine = open_engine("ort", Path(folder) / "int8.onnx", EngineOptions(threads=1))
+            found = []
+            for feeds, wanted in self._held:
+                fed = {name: values for name, values in feeds.items() if name in engine.inputs}
+                made = engine.run(fed)[parts.manifest.denoiser.prediction]
+                found.append(float(np.mean((made - wanted) ** 2, dtype=np.float64)))
+            engine.close()
+        return np.array(found)
+
+    def _joined(self, points: Sequence[Point]) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
+        """All points of one call as one batch, and what is wanted of them."""
+        feeds = {name: np.concatenate([point.feeds[name] for point in points]) for name in points[0].feeds}
+        feeds[GROUP_INPUT] = np.array(self._partition.group_of(points[0].key))
+        return feeds, np.concatenate([point.wanted for point in points])
+
+    def _statistics(self, pool: Sequence[Point]) -> list[dict[str, TensorStats]]:
+        tensors = self._plan.scaled_tensors()
+        with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
+            write_graphs(Path(folder), {"float": self._parts.exported.graph})
+            options = EngineOptions(threads=1, extra_outputs=tensors)
+            engine = open_engine("ort", Path(folder) / "float.onnx", options)
+            found = []
+            for point in pool:
+                seen = engine.run(point.feeds)
+                found.append({tensor: TensorStats.of(seen[tensor]) for tensor in tensors})
+            engine.close()
+        return found

@@ -2,8 +2,11 @@
 
 `select` is the temporal-aware parallel clustering of Q&C (Ding et al. 2025): a bipartite similarity between all samples
 and a random subset, its leading singular vectors, clusters of these, and draws from every cluster.  The publication
-leaves open how the clusterings of several subsets are joined; here their embeddings are put side by side and clustered
-once.  Draws go round the clusters, so that each is represented as evenly as its size allows.
+leaves two things open.  The clusterings of several subsets are joined by putting their embeddings side by side and
+clustering once.  And each sample's row of an embedding is brought to length 1, as is usual in spectral clustering (Ng,
+Jordan and Weiss 2001).  A row is the longer the more its sample is like the subset, so without that the clusters follow
+lengths: many lie among the early, noisy samples, and late steps are left out.  Draws go round the clusters, so each
+of them is represented as evenly as its size allows.
 
 A compile calibrates reusing calls on everything that it captures and selects nothing; this is for those who capture
 more than they can calibrate on.
@@ -45,13 +48,14 @@ def similarity(features: Floats, steps: Floats, subset: NDArray[np.intp], alpha:
 
 
 def embedding(similarities: Floats, size: int) -> Floats:
-    """The leading left singular vectors of `Dr^-½ A Dc^-½`, (N, at most `size`), with signs fixed."""
-    rows, columns = similarities.sum(axis=1), similarities.sum(axis=0)
-    normal = similarities / np.sqrt(rows)[:, None] / np.sqrt(columns)[None, :]
+    """The leading left singular vectors of `Dr^-½ A Dc^-½`, signs fixed, rows of length 1, (N, at most `size`)."""
+    degrees, columns = similarities.sum(axis=1), similarities.sum(axis=0)
+    normal = similarities / np.sqrt(degrees)[:, None] / np.sqrt(columns)[None, :]
     left = np.linalg.svd(normal, full_matrices=False)[0][:, :size]
     sign = np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])
-    fixed: Floats = left * sign
-    return fixed
+    length = np.linalg.norm(left, axis=1, keepdims=True)
+    rows: Floats = left * sign / np.maximum(length, np.finfo(np.float64).tiny)
+    return rows
 
 
 def clusters(points: Floats, count: int, seed: int) -> NDArray[np.intp]:

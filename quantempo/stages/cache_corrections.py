@@ -4,8 +4,8 @@ History, prediction and latents are fitted in a closed loop (`quantempo.stages.c
 the float model; features and products towards what the float model computes from the same input.
 
 A correction that lowers the error of its own tensor may still harm the end of a run: least squares shrink what they
-cannot know, call after call.  So each one is kept only where the final latents of other runs come closer to the float
-model's.
+cannot know, call after call.  So each one is kept only where the final latents of other runs come clearly closer to the
+float model's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quantempo.calib.cache.program_rows import (
     latent_coefficients,
     own_part,
 )
-from quantempo.calib.cache.schedules import Schedule
+from quantempo.calib.cache.schedules import Schedule, clearly_lower, clearly_lower_in_decibels
 from quantempo.contracts.cache import correction_inputs
 from quantempo.contracts.engine import Buffer
 from quantempo.contracts.program import PREDICTION, StepProgram
@@ -46,6 +46,7 @@ from quantempo.stages.cache_runs import (
     program_batches,
     taught,
 )
+from quantempo.stages.cache_schedules import Errors
 from quantempo.stages.closed_loop import (
     Reference,
     closed_loop_batch,
@@ -105,16 +106,25 @@ class _Check:
         self._wanted = [bench.run(loop, plain, batch) for batch in self._batches]
         self.errors: list[tuple[str, float]] = []
 
-    def error(self, name: str, program: StepProgram, vectors: Mapping[str, Float32s]) -> float:
-        """Mean squared error to the uncached float model's final latents."""
+    def error(self, name: str, program: StepProgram, vectors: Mapping[str, Float32s]) -> Errors:
+        """Mean squared error of each sample to the uncached float model's final latents, (samples,)."""
         loop = self._bench.loop("quantized", vectors)
         squares = [
             (self._bench.run(loop, program, batch).astype(np.float64) - wanted) ** 2
             for batch, wanted in zip(self._batches, self._wanted, strict=True)
         ]
-        found = float(np.concatenate(squares).mean())
-        self.errors.append((name, found))
+        found: Errors = np.concatenate([square.reshape(len(square), -1).mean(axis=1) for square in squares])
+        self.errors.append((name, float(found.mean())))
         return found
+
+
+def better(one: Errors, other: Errors) -> bool:
+    """Whether errors of the same samples are lower in `one`: their mean, and by more than chance.
+
+    A few samples with large errors may make any mean uncertain, so it is enough if the fall is clear in decibels.
+    """
+    lower = float(one.mean()) < float(other.mean())
+    return lower and (clearly_lower(one, other) or clearly_lower_in_decibels(one, other))
 
 
 def fit_corrections(
@@ -141,7 +151,7 @@ def fit_corrections(
         if candidate is None:
             continue
         error = check.error(name, candidate.program, candidate.vectors)
-        if error < best:
+        if better(error, best):
             fit, best = replace(candidate, kept=(*fit.kept, name)), error
     return replace(fit, errors=tuple(check.errors))
 
@@ -192,8 +202,15 @@ def _with_noise(work: _Work, fit: StepsFit) -> StepsFit | None:
     """PTQD's variance absorption; `None` where the sampler adds no noise."""
     if not any(latent_coefficients(call)[1] for call in fit.program.calls):
         return None
-    program, _ = absorb_noise(fit.program, _residuals(work, fit))
-    return replace(fit, program=program)
+    return with_noise_absorbed(work.bench, work.settings, fit)[0]
+
+
+def with_noise_absorbed(
+    bench: VariantBench, settings: CacheSettings, fit: StepsFit
+) -> tuple[StepsFit, tuple[float, ...]]:
+    """PTQD's variance absorption, and per call the share of the sampler's noise variance that was taken over."""
+    program, shares = absorb_noise(fit.program, _residuals(bench, settings, fit))
+    return replace(fit, program=program), shares
 
 
 def _with_latents(work: _Work, fit: StepsFit) -> StepsFit:
@@ -240,9 +257,9 @@ def _graph_fits(work: _Work, fit: StepsFit, of: Literal["feature", "product"]) -
     return fits
 
 
-def _residuals(work: _Work, fit: StepsFit) -> list[float]:
+def _residuals(bench: VariantBench, settings: CacheSettings, fit: StepsFit) -> list[float]:
     """Per call, the standard deviation of the corrected prediction's error to the float one for the same input."""
-    bench, settings, program = work.bench, work.settings, fit.program
+    program = fit.program
     name, calls = bench.parts.manifest.denoiser.prediction, len(fit.program.calls)
     total, count, wanted = np.zeros(calls), np.zeros(calls), dict[int, Float32s]()
 

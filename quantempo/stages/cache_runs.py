@@ -68,6 +68,9 @@ def graph_corrections(found: Iterable[str]) -> Corrections:
 _IN_GRAPH: tuple[Literal["feature", "product"], ...] = ("feature", "product")
 
 
+QUANTIZED_GRAPH = "ort-f32"
+"""The graph that everything is fitted on, with the sites that a plan keeps in float there."""
+
 CACHE_SEED = 2 * FIRST_SEED
 """Seeds of the fitting runs start this far above the calibration's, so that the two sets are disjoint."""
 
@@ -161,9 +164,9 @@ class VariantBench:
         self._written += 1
         self._quantized = self._folder / f"quantized.{self._written}"
         self._quantized.mkdir()
-        parts = self.parts
+        plan = self.parts.plan.for_graph(QUANTIZED_GRAPH)
         write_graphs(self._quantized, {
-            name: lower_variant(v.graph, parts.plan, tables[name], parts.weights, lower_ort)
+            name: lower_variant(v.graph, plan, tables[name], self.parts.weights, lower_ort)
             for name, v in self.set.variants.items()
         })  # fmt: skip
 

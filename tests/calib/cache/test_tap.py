@@ -30,13 +30,19 @@ def test_similarity_by_hand() -> None:
     np.testing.assert_allclose(found[:, 0], [1.0, 0.5 * np.exp(-1.0), SMALLEST], atol=1e-9)
 
 
-def test_embedding_is_that_of_the_normalised_matrix() -> None:
+def test_embedding_is_that_of_the_normalised_matrix_with_rows_of_length_one() -> None:
     a = np.random.default_rng(0).uniform(0.1, 1, (7, 4))
     normal = np.diag(a.sum(1) ** -0.5) @ a @ np.diag(a.sum(0) ** -0.5)
-    left = embedding(a, 4)
-    values = normal.T @ left
-    np.testing.assert_allclose(left @ values.T, normal, atol=1e-12)
-    np.testing.assert_allclose(np.linalg.norm(values, axis=0), np.linalg.svd(normal)[1], atol=1e-12)
+    found = embedding(a, 3)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-12)
+    left = np.linalg.svd(normal)[0][:, :3]
+    np.testing.assert_allclose(found @ found.T, _cosines(left), atol=1e-12)  # whatever the signs
+
+
+def _cosines(points: Floats) -> Floats:
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    found: Floats = unit @ unit.T
+    return found
 
 
 def test_selection_is_deterministic_and_distinct() -> None:
@@ -124,3 +130,22 @@ def test_selection_from_cached_trajectories_is_less_alike_than_uniform_draws() -
     draws = [mean_cosine(pool[rng.choice(len(pool), 40, replace=False)]) for _ in range(40)]
     chosen = [mean_cosine(pool[select(pool, steps, 40, seed=seed)]) for seed in range(5)]
     assert np.mean(chosen) < np.mean(draws)
+
+
+def test_ranges_of_selected_samples_cover_more_at_every_stage_than_those_of_uniform_draws() -> None:
+    """Min-max ranges in four groups of steps, as shares of what the whole pool reaches in that group."""
+    pool = _captured(3).reshape(STEPS * SAMPLES, -1)
+    steps = np.repeat(np.arange(STEPS), SAMPLES)
+    low, high, group = pool.min(axis=1), pool.max(axis=1), 4 * steps // STEPS
+    reach = [high[group == g].max() - low[group == g].min() for g in range(4)]
+
+    def covered(chosen: NDArray[np.intp]) -> float:
+        parts = [chosen[group[chosen] == g] for g in range(4)]
+        return float(np.mean([(high[p].max() - low[p].min()) / r if len(p) else 0.0
+                              for p, r in zip(parts, reach, strict=True)]))  # fmt: skip
+
+    rng = np.random.default_rng(0)
+    uniform = [covered(rng.choice(len(pool), 16, replace=False)) for _ in range(200)]
+    chosen = [covered(select(pool, steps, 16, seed=seed)) for seed in range(60)]
+    assert np.mean(chosen) > np.mean(uniform)
+    assert np.std(chosen) < np.std(uniform) / 2  # and it depends less on luck
