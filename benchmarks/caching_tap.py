@@ -54,6 +54,7 @@ def tap_effect(subject: Any, args: argparse.Namespace) -> None:
     row: dict[str, Any] = {
         "pool": len(pool), "draws": args.draws, "held_out_calls": len(held), "groups": GROUPS,
         "ranges": subject.parts.recipe.range_method, "counts": {},
+        "mse_of_all": float(judge.errors(range(len(pool))).mean()),
     }
     for count in args.counts:
         chosen = [select(features, calls, count, seed=seed) for seed in range(args.draws)]

@@ -114,8 +114,8 @@ def selected(found: dict[str, Any]) -> list[str]:
         "", f"Calibration samples of cached trajectories, chosen by TAP from {pool[0]} or drawn uniformly, {draws[0]} "
         "times each: squared error of the quantized prediction at held-out calls.  The mean over calls is mostly that "
         "of the last call; *per call* every call counts alike (geometric mean).", "",
-        "| model | ranges | samples | uniform | TAP | TAP saves (95 % interval) | TAP saves per call (95 % interval) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | ranges | samples | uniform | TAP | all | TAP saves (95 % interval) | per call (95 % interval) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for model, row in found.items():
         for count, made in sorted(row["counts"].items(), key=lambda item: int(item[0])):
@@ -125,6 +125,7 @@ def selected(found: dict[str, Any]) -> list[str]:
             )
             lines.append(
                 f"| {model} | {row['ranges']} | {count} | {made['mse']['uniform']:.3e} | {made['mse']['tap']:.3e} | "
+                f"{row['mse_of_all']:.3e} | "
                 f"{saved} | {per_call} |"
             )
     return lines
