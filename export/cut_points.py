@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -131,6 +132,32 @@ def block_lists(model: ir.Model) -> Mapping[str, int]:
     return {name: len(found) for name, found in indices.items() if len(found) > 1 and max(found) == len(found) - 1}
 
 
+def first_block_list(model: ir.Model) -> str:
+    """The module path of the list whose block 0 is the first in the graph that one hidden value enters and leaves.
+
+    A transformer's list of blocks; in a UNet the residual blocks of its first level.  It may have one block alone.
+
+    Raises:
+        ExportError: there is none.
+    """
+    flow, tried = Flow(model), set[str]()
+    for node in model.graph:
+        if not is_site(node) or node not in flow.hidden:
+            continue
+        for match in re.finditer(r"\.0(?=\.)", module_of(node)):
+            name = module_of(node)[: match.start()]
+            if name in tried:
+                continue
+            tried.add(name)
+            with suppress(ExportError):
+                span(flow, name, 0, 0, "first block")
+                return name
+    raise refuse_cut(
+        "first block", "no list of blocks whose first one hidden value enters and leaves", "one",
+        "a model without residual blocks", "choose a fixed schedule",
+    )
+
+
 def check_depth(model: ir.Model, blocks: str, depth: int, what: str) -> None:
     """Refuse a list of blocks that the model does not have, or that has another length.
 
@@ -172,6 +199,21 @@ def span(flow: Flow, blocks: str, first: int, last: int, what: str) -> Span:
             "the blocks change the resolution or the width", "choose a range within one resolution",
         )
     return Span(entering[0], leaving[0])
+
+
+def modulated_input(flow: Flow, blocks: str) -> str | None:
+    """What the first block's first layer of weights reads that depends on the sample and on other inputs too, by name.
+
+    Other inputs are timestep and condition: in a transformer this is the normalized and modulated input of attention,
+    in a residual block of a UNet what enters the convolution behind the embedding of the timestep.
+    """
+    conditioned = {node for value in flow.graph.inputs[1:] for node in flow.after(value)}
+    for node in flow.graph:
+        value = node.inputs[0] if node.inputs else None
+        inside = is_site(node) and is_within(node, f"{blocks}.0")
+        if inside and value is not None and flow.is_hidden(value) and value.producer() in conditioned:
+            return str(value.name)
+    return None
 
 
 def borders(flow: Flow, is_inside: Callable[[ir.Node], bool]) -> tuple[list[str], list[str]]:

@@ -40,6 +40,7 @@ from quantempo.export.cut_points import (
     branches,
     check_depth,
     is_within,
+    modulated_input,
     refuse_cut,
     span,
     sublayers,
@@ -441,13 +442,14 @@ def _probe(model: ir.Model, flow: Flow, probe: Probe) -> VariantGraph:
         ends = span(flow, probe.blocks, 0, 0, "probe")
         names = [ends.after, ends.before]
     else:
-        layers = sublayers(flow, probe.blocks, 0, "probe")
-        if not layers:
+        name = modulated_input(flow, probe.blocks)
+        if name is None:
             raise refuse_cut(
-                f"probe, blocks {probe.blocks!r}", "no block 0 with products", "the module path of a list of blocks",
-                "another architecture, or a misspelling", "choose a block list of this model, or a fixed schedule",
+                f"probe, blocks {probe.blocks!r}", "no layer in block 0 that timestep or condition have a part in",
+                "the module path of a list of blocks", "another architecture, or a misspelling",
+                "choose a block list of this model, or a fixed schedule",
             )
-        names = [next(iter(layers.values())).before]
+        names = [name]
     copy = model.clone()
     values = Flow(copy).values
     sources = [values[name] for name in names]

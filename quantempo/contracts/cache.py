@@ -103,8 +103,8 @@ class Probe:
     """What the variant `probe` computes as `indicator`.
 
     Args:
-        of: the modulated input of the first block's first sublayer (TeaCache), or what the first block adds to the
-            hidden state (first-block caching).
+        of: what the first block's first layer reads that depends on timestep or condition (TeaCache's modulated input),
+            or what the first block adds to the hidden state (first-block caching).
         blocks: module path of the list of blocks.
     """
 

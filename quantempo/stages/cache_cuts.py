@@ -83,7 +83,7 @@ def cut_for_caching(graph: Graph, recipe: Recipe) -> CacheGraphs | None:
     error: ExportError | None = None
     for cut in [named_cut(graph, recipe.cache_cut)] if recipe.cache_cut else default_cuts(graph):
         try:
-            probe = probe_of(recipe.cache, cut)
+            probe = probe_of(recipe.cache, cut, graph)
             corrections = () if probe is not None else graph_corrections(fitted_corrections(cut, consumed(graph, cut)))
             return CacheGraphs(cut, cut_variants(graph, {reuse_name(0): cut}, probe, corrections))
         except ExportError as refused:

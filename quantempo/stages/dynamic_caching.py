@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from quantempo.calib.cache.cost import predicted_ms
 from quantempo.calib.cache.dynamic import IndicatorRecord, PolynomialFit, Rule, fit_polynomial, threshold_for
@@ -19,6 +19,9 @@ from quantempo.stages.cache_runs import CacheParts, CacheSettings, VariantBench,
 from quantempo.stages.cache_schedules import floor_facts
 from quantempo.stages.cache_times import call_times
 from quantempo.stages.policy_words import parse_share
+
+if TYPE_CHECKING:
+    from quantempo.export.graph_files import Graph
 
 POLICIES: Mapping[str, Literal["modulated_input", "first_block"]] = {
     "teacache": "modulated_input", "firstblock": "first_block",
@@ -75,7 +78,8 @@ def fit_dynamic(
         ExportError: the cut or the probe does not fit the model.
     """
     policy = parse_dynamic(settings.policy)
-    reuse, probe = contract.reuse_name(0), probe_of(settings.policy, settings.cut)
+    reuse = contract.reuse_name(0)
+    probe = probe_of(settings.policy, settings.cut, parts.exported.graph)
     assert probe is not None
     counts = steps or parts.recipe.steps
     bench = VariantBench(parts, folder, {reuse: settings.cut}, (), probe)
@@ -109,12 +113,18 @@ def fit_dynamic(
     return DynamicFit(plan, programs, records, {"policy": settings.policy, "ms_per_call": times, "steps": report})
 
 
-def probe_of(policy: str, cut: contract.Cut) -> Probe | None:
-    """What a policy looks at while it runs; `None` for one that is fixed beforehand."""
+def probe_of(policy: str, cut: contract.Cut, graph: Graph) -> Probe | None:
+    """What a policy looks at while it runs; `None` for one that is fixed beforehand.
+
+    Raises:
+        ExportError: the model has no first block to look at.
+    """
+    from quantempo.export.cut_points import first_block_list
+
     name = policy.partition(":")[0]
     if name not in POLICIES:
         return None
-    return Probe(POLICIES[name]) if isinstance(cut, contract.FeatureCut) else Probe(POLICIES[name], cut.blocks)
+    return Probe(POLICIES[name], first_block_list(graph) if isinstance(cut, contract.FeatureCut) else cut.blocks)
 
 
 def parse_dynamic(text: str) -> DynamicPolicy:

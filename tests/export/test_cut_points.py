@@ -7,7 +7,17 @@ import pytest
 from support.tiny_graphs import graph_of, normal, traced
 
 from quantempo.errors import ExportError
-from quantempo.export.cut_points import Branch, Flow, block_lists, branches, check_depth, span, sublayers
+from quantempo.export.cut_points import (
+    Branch,
+    Flow,
+    block_lists,
+    branches,
+    check_depth,
+    first_block_list,
+    modulated_input,
+    span,
+    sublayers,
+)
 from quantempo.export.passes.edit import MODULE
 
 LONG_SKIP = """
@@ -55,6 +65,19 @@ def test_a_concatenation_of_two_independent_parts_is_no_branch() -> None:
 def test_lists_of_blocks_and_their_lengths() -> None:
     assert block_lists(load("dit_pipeline")) == {"transformer_blocks": 2}
     assert block_lists(load("unet"))["up_blocks"] == 2
+
+
+def test_the_first_block_is_the_first_that_one_value_enters_and_leaves() -> None:
+    assert first_block_list(load("dit_pipeline")) == "transformer_blocks"
+    assert first_block_list(load("unet")) == "down_blocks.0.resnets"  # a down block's skips leave it
+    assert first_block_list(load("condition_unet")) == "down_blocks.0.resnets"
+
+
+def test_the_modulated_input_depends_on_the_timestep() -> None:
+    """The first convolution of a residual block sees the sample alone; the second one sees the embedding too."""
+    assert modulated_input(Flow(load("unet")), "down_blocks.0.resnets") == "down_blocks.0.resnets.0.conv2/in"
+    assert modulated_input(Flow(load("dit_pipeline")), "transformer_blocks") == "transformer_blocks.0.attn1.to_q/in"
+    assert modulated_input(Flow(load("unet")), "blocks") is None
 
 
 def test_sublayers_are_attention_and_mlp_and_not_the_norms() -> None:

@@ -240,6 +240,7 @@ def test_probes_compute_what_they_say(dit: Model, unet: Model) -> None:
         (dit, Probe("modulated_input"), "transformer_blocks.0.attn1.to_q/in", None),
         (dit, Probe("first_block"), "transformer_blocks.0/add#3", "pos_embed/add"),
         (unet, Probe("first_block", "down_blocks.0.resnets"), "down_blocks.0.downsamplers.0.conv/in", "conv_in/out"),
+        (unet, Probe("modulated_input", "down_blocks.0.resnets"), "down_blocks.0.resnets.0.conv2/in", None),
     )
     for model, probe, tensor, before in cases:
         graph = cut_variants(model.graph, {}, probe).variants["probe"].graph

@@ -31,11 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("policies")
 
 
-def compiled(folder: Path, policy: str, out: Path | None = None, **changes: Any) -> OpenBundle:
+def compiled(folder: Path, policy: str, out: Path | None = None, which: str = "dit", **changes: Any) -> OpenBundle:
     recipe = Recipe(**{**SMALL, "cache": policy, **changes})
-    name = policy.replace(":", "-")
+    model = tiny_models.dit_pipeline() if which == "dit" else tiny_models.unet()
     return compile_model(
-        tiny_models.dit_pipeline(), out or folder / name, recipe, work=folder / "work", guard="off"
+        model, out or folder / f"{which}-{policy.replace(':', '-')}", recipe, work=folder / "work", guard="off",
+        scheduler=None if which == "dit" else model / "scheduler",
     ).bundle
 
 
@@ -55,9 +56,10 @@ def test_masks_reuse_their_share_in_a_bounded_number_of_variants(folder: Path, p
     assert 0 < np.abs(cached.latents - plain.latents).max() < np.abs(plain.latents).max()
 
 
+@pytest.mark.parametrize("which", ["dit", "unet"])
 @pytest.mark.parametrize("policy", ["teacache:0.4", "firstblock:0.4"])
-def test_a_bundle_decides_while_it_runs_for_each_sample_by_itself(folder: Path, policy: str) -> None:
-    bundle = compiled(folder, policy)
+def test_a_bundle_decides_while_it_runs_for_each_sample_by_itself(folder: Path, policy: str, which: str) -> None:
+    bundle = compiled(folder, policy, which=which)
     for dialect in ("ort-f32", "portable-f32"):
         assert [spec.name for spec in bundle.manifest.graphs[f"probe.{dialect}"].outputs] == [INDICATOR]
     assert bundle.manifest.vectors is None
