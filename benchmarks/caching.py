@@ -396,11 +396,11 @@ def equal_time(subject: Subject, args: argparse.Namespace) -> None:
 
 
 def dynamic(subject: Subject, args: argparse.Namespace) -> None:
-    """Policies that decide at run time, at half of the calls: fidelity, and what other thresholds reuse."""
+    """Policies that decide at run time, reusing at two calls of five: fidelity, and what other thresholds reuse."""
     decode, plain = decoder_of(subject.parts), subject.parts.exported.program(20)
     reference = decode(subject.reference(plain))
     rows = {}
-    for policy in ("teacache:0.5", "firstblock:0.5"):
+    for policy in ("teacache:0.4", "firstblock:0.4"):
         with tempfile.TemporaryDirectory(prefix="quantempo-") as folder:
             asked = replace(subject.settings, policy=policy)
             fit = fit_dynamic(subject.parts, asked, Path(folder), (20,))

@@ -39,7 +39,7 @@ from quantempo.stages.caching import parse_policy, variant_tables
 AUTO, NONE = "auto", "none"
 CANDIDATES = (
     *(f"{name}:{interval}" for interval in (2, 3, 4, 5) for name in ("every", "programmed")),
-    "dps:2", "teacache:0.5", "firstblock:0.5", "greedy:0.7",
+    "dps:2", "teacache:0.4", "firstblock:0.4", "greedy:0.7",
 )
 """Fixed schedules at four distances, and one of each further family; what a model does not allow is left out."""
 SAMPLES, CHECKS = 16, 16
