@@ -90,7 +90,6 @@ def fuzzing(results: dict[str, Any]) -> str:
         f"{results['inputs']:,} inputs, {results['findings']} findings, all of it on one state of the sources that the",
         f"targets run (`{results['code'][:12]}`, tools/cpp_fuzz.py).  All targets mutate structure: JSON as JSON,",
         "safetensors headers with their length, ONNX files as trees of protobuf fields.", "",
-        *((results["note"], "") if "note" in results else ()),
         "| target | CPU minutes | inputs | edges covered | findings |", "| --- | --- | --- | --- | --- |",
     ]
     for name, found in results["targets"].items():
