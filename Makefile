@@ -34,8 +34,8 @@ test-full: lint
 	$(PY) benchmarks/int8_speed.py --json docs/speed.json
 	$(PY) benchmarks/loop_overhead.py --json docs/loop_overhead.json
 	$(PY) benchmarks/fp8_quality.py --json docs/fp8.json
-	$(PY) benchmarks/caching.py --model dit --json docs/caching.json
-	$(PY) benchmarks/caching.py --model unet --json docs/caching.json
+	for model in dit unet; do for part in quality times equal-time dynamic tap noise; do \
+	  $(PY) benchmarks/caching.py --model $$model --part $$part --json docs/caching.json || exit 1; done; done
 	$(PY) benchmarks/caching_speed.py --model dit-s2 --keep build/speed-graphs --json docs/caching_speed.json
 	$(PY) benchmarks/openvino_speed.py --json docs/openvino_speed.json
 	$(PY) benchmarks/engine_agreement.py --json docs/engine_agreement.json

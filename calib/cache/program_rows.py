@@ -16,10 +16,14 @@ LATENTS_VECTORS = ("latents.gain", "latents.bias")
 """Names of the arrays in the bundle's vectors file."""
 
 
+OWN = (PREDICTION, LAST, BEFORE)
+"""Registers that operations before the sampler's write."""
+
+
 def own_part(update: Sequence[Operation]) -> int:
     """How many operations at the start prepare the prediction; what the sampler does comes after them."""
     for index, op in enumerate(update):
-        if op.to not in (PREDICTION, LAST, BEFORE):
+        if op.to not in OWN:
             return index
     return len(update)
 
@@ -118,7 +122,7 @@ def aim(call: Call) -> tuple[str, float] | None:
     per step.
     """
     known = _sources(call)
-    written = [op.to for op in call.update if op.to not in (PREDICTION, LAST, BEFORE)]
+    written = [op.to for op in call.update if op.to not in OWN]
     for register in (LATENTS, *reversed(written)):
         share = known.get(register, {}).get(PREDICTION, 0.0)
         if abs(share) > SMALLEST_SHARE:

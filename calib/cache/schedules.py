@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantempo.calib.cache.comparison import clearly_lower
 from quantempo.calib.partition import solve
 from quantempo.errors import RequestError
 
@@ -228,18 +229,6 @@ def shifted(refreshes: Sequence[int], calls: int, longest: int) -> list[Schedule
                 if all(0 < b - a <= longest for a, b in pairwise((*moved, calls))):
                     found.append(moved)
     return found
-
-
-def clearly_lower(one: Floats, other: Floats) -> bool:
-    """Whether errors of the same samples are lower in `one`, by more than the standard error of their difference."""
-    gain = other - one
-    return float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain))
-
-
-def clearly_lower_in_decibels(one: Floats, other: Floats) -> bool:
-    """`clearly_lower` of logarithms, in which a few samples with large errors do not decide alone."""
-    tiny = np.finfo(np.float64).tiny
-    return clearly_lower(np.log(np.maximum(one, tiny)), np.log(np.maximum(other, tiny)))
 
 
 def improved(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from quantempo.calib.cache.comparison import Errors, better
 from quantempo.calib.cache.corrections import Correction, CorrectionFit, estimate_affine, estimate_offset
 from quantempo.calib.cache.history import HistoryCorrection, correct_by_history, report_of
 from quantempo.calib.cache.noise_floor import NoiseFloor
@@ -28,7 +29,7 @@ from quantempo.calib.cache.program_rows import (
     latent_coefficients,
     own_part,
 )
-from quantempo.calib.cache.schedules import Schedule, clearly_lower, clearly_lower_in_decibels
+from quantempo.calib.cache.schedules import Schedule
 from quantempo.contracts.cache import correction_inputs
 from quantempo.contracts.engine import Buffer
 from quantempo.contracts.program import PREDICTION, StepProgram
@@ -46,7 +47,6 @@ from quantempo.stages.cache_runs import (
     program_batches,
     taught,
 )
-from quantempo.stages.cache_schedules import Errors
 from quantempo.stages.closed_loop import (
     Reference,
     closed_loop_batch,
@@ -116,15 +116,6 @@ class _Check:
         found: Errors = np.concatenate([square.reshape(len(square), -1).mean(axis=1) for square in squares])
         self.errors.append((name, float(found.mean())))
         return found
-
-
-def better(one: Errors, other: Errors) -> bool:
-    """Whether errors of the same samples are lower in `one`: their mean, and by more than chance.
-
-    A few samples with large errors may make any mean uncertain, so it is enough if the fall is clear in decibels.
-    """
-    lower = float(one.mean()) < float(other.mean())
-    return lower and (clearly_lower(one, other) or clearly_lower_in_decibels(one, other))
 
 
 def fit_corrections(

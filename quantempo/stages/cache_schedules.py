@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import product, takewhile
 
 import numpy as np
-from numpy.typing import NDArray
 
+from quantempo.calib.cache.comparison import Errors, clearly_lower, clearly_lower_in_decibels
 from quantempo.calib.cache.history import correct_by_history
 from quantempo.calib.cache.noise_floor import FloorFacts, facts_of
 from quantempo.calib.cache.reuse_errors import TINY, ReuseErrors, probed_calls
@@ -18,8 +18,6 @@ from quantempo.calib.cache.schedules import (
     FeatureChanges,
     Schedule,
     bounds_of,
-    clearly_lower,
-    clearly_lower_in_decibels,
     cost_of,
     every,
     improved,
@@ -55,7 +53,6 @@ EXPONENTS, DAMPING = (0.25, 0.5, 1.0), (0.5, 1.0)
 are neither independent nor all in one direction, so which sum comes closest is measured."""
 POWERS = (1.15, 1.3)
 
-Errors = NDArray[np.float64]
 """Mean squared error of the final latents, per sample."""
 
 

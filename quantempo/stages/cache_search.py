@@ -173,8 +173,7 @@ class _Trial:
         bench = VariantBench(parts, folder / "run", fit.plan.cuts, ())
         try:
             bench.quantize(fit.tables)
-            times = call_times(bench, settings)
-            return self._measured(policy, bench, fit.programs[steps], fit.vectors, times)
+            return self._measured(policy, bench, fit.programs[steps], fit.vectors, fit.report["ms_per_call"])
         finally:
             bench.close()
 
@@ -186,7 +185,7 @@ class _Trial:
         bench = VariantBench(parts, folder / "run", fit.plan.cuts, (), fit.plan.probe)
         try:
             bench.quantize_plainly()
-            times = call_times(bench, settings)
+            times = fit.report["ms_per_call"]
             skipped = fit.report["steps"][str(steps)]["skipped"]
             return self._measured(policy, bench, fit.programs[steps], {}, times, skipped)
         finally:

@@ -10,8 +10,6 @@ from quantempo.calib.cache.schedules import (
     FeatureChanges,
     bounds_of,
     check_schedule,
-    clearly_lower,
-    clearly_lower_in_decibels,
     cost_of,
     every,
     improved,
@@ -212,17 +210,6 @@ def test_a_gain_within_the_spread_of_the_samples_moves_nothing() -> None:
         return np.ones(4) if refreshes == start else 0.9 + spread
 
     assert improved(start, 6, 6, error, 100) == start
-    assert clearly_lower(np.zeros(4), np.ones(4))
-    assert not clearly_lower(np.ones(4), np.ones(4))
-
-
-def test_in_decibels_one_bad_sample_does_not_decide_alone() -> None:
-    other = np.ones(16)
-    one = np.where(np.arange(16) == 3, 12.0, 0.5)
-    assert not clearly_lower(one, other)
-    assert clearly_lower_in_decibels(one, other)
-    assert not clearly_lower_in_decibels(other, one)
-    assert not clearly_lower_in_decibels(other, other)
 
 
 def test_shifts_keep_the_number_of_refreshes_and_change_two_groups() -> None:
