@@ -229,8 +229,8 @@ def threshold_for(changes: Floats, rule_at: Callable[[float], Rule], skipped: fl
         if high > 1e12:
             raise RequestError(
                 "cache threshold", found=f"a share {skipped:g} of skipped calls", wanted=f"at most {share(high):g}",
-                cause="warm-up and the cap on consecutive reuse refresh more often",
-                remedy="raise the cap, or ask for less",
+                cause="warm-up refreshes, and the cap on consecutive reuse, which the noise floor may have lowered",
+                remedy="ask for less, or raise the cap where it is the policy's",
             )
     low = 0.0
     if share(low) >= skipped:
